@@ -1,0 +1,22 @@
+"""idlefx: make any trained Vision Transformer cheaper without dropping a token."""
+
+from idlefx.errors import (
+    BlockError,
+    CaptureError,
+    IdleFxError,
+    InputError,
+    PassError,
+    PlanError,
+    UnknownOperation,
+)
+from idlefx.module import IdleModule
+from idlefx.pipeline import convert, inspect
+from idlefx.records import Block, BlockTable, Plan, Step
+from idlefx.report import Report, report
+from idlefx.selectors import selector
+
+__version__ = "0.1.0"
+__all__ = [
+    "Block", "BlockError", "BlockTable", "CaptureError", "IdleFxError", "IdleModule", "InputError", "PassError",
+    "Plan", "PlanError", "Report", "Step", "UnknownOperation", "convert", "inspect", "report", "selector",
+]  # fmt: skip

@@ -1,0 +1,174 @@
+"""The shell: `python -m idlefx inspect | convert | bench | draw`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import idlefx
+from idlefx.bench import bench, call, present
+from idlefx.errors import IdleFxError
+from idlefx.files import whole_file
+from idlefx.inputs import guess_inputs
+from idlefx.models import load_model
+from idlefx.module import IdleModule
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0 if it succeeded and 2 if it was refused."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except IdleFxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    model = _model(options)
+    print(idlefx.inspect(model, _example(options, model)))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    with whole_file(options.save) if options.save else nullcontext() as partial:
+        model = _model(options)
+        example = _example(options, model)
+        idle = _idle(options, model, example)
+        print(idle.plan, idlefx.report(idle), sep="\n\n")
+        same = _largest_difference(model, _idle(options, model, example, keep=1.0), example)
+        print(f"\nKeeping all tokens gives the dense model's output, largest difference {same:.2g}.")
+        if partial:
+            safetensors.torch.save_model(idle, str(partial))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    with whole_file(options.json) if options.json else nullcontext() as partial:
+        model = _model(options).to(present(options.device), getattr(torch, options.dtype))
+        example = _example(options, model)
+        idle = _idle(options, model, example)
+        result = bench(
+            model, idle, example, batches=options.batch, compiled=not options.eager, seconds=options.seconds
+        )
+        print(result)
+        if partial:
+            partial.write_text(result.to_json())
+
+
+def _draw(options: argparse.Namespace) -> None:
+    model = _model(options)
+    print(idlefx.draw(_idle(options, model, _example(options, model)), options.images, options.out))
+
+
+def _model(options: argparse.Namespace) -> nn.Module:
+    return load_model(
+        options.model, pretrained=options.pretrained, checkpoint=options.checkpoint, img_size=options.img_size
+    )
+
+
+def _example(options: argparse.Namespace, model: nn.Module) -> Any:
+    if options.example_shape is None:
+        return guess_inputs(model)[0]
+    weight = next(model.parameters())
+    return torch.randn(options.example_shape).to(weight.device, weight.dtype)
+
+
+def _idle(
+    options: argparse.Namespace, model: nn.Module, example: Any, keep: float | None = None
+) -> IdleModule:
+    given = options.keep if len(options.keep) > 1 else options.keep[0]
+    return idlefx.convert(
+        model,
+        options.layers,
+        given if keep is None else keep,
+        schedule=options.schedule,
+        selector=options.selector,
+        prefix=options.prefix,
+        example_inputs=example,
+    )
+
+
+@torch.inference_mode()
+def _largest_difference(model: nn.Module, idle: nn.Module, example: Any) -> float:
+    pairs = zip(tree_leaves(call(model, example)), tree_leaves(call(idle, example)), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m idlefx", description="Vision Transformers whose tokens may idle."
+    )
+    commands = parser.add_subparsers(required=True, metavar="inspect | convert | bench | draw")
+
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("--model", required=True, help="a timm name, or package.module:callable")
+    source.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
+    source.add_argument("--checkpoint", metavar="FILE", help="weights to load, safetensors")
+    source.add_argument(
+        "--img-size", type=int, metavar="PIXELS", help="side of the images, if not the model's own"
+    )
+    source.add_argument(
+        "--example-shape", type=_shape, metavar="2,3,224,224", help="shape of an input, if not known"
+    )
+
+    plan = argparse.ArgumentParser(add_help=False)
+    plan.add_argument("--layers", type=int, nargs="+", required=True, help="blocks that open a stage, from 0")
+    plan.add_argument(
+        "--keep",
+        type=float,
+        nargs="+",
+        default=[0.7],
+        help="share of tokens that work: one, or one per layer",
+    )
+    plan.add_argument(
+        "--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle"
+    )
+    plan.add_argument("--selector", default="auto", help="the token score")
+    plan.add_argument(
+        "--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found"
+    )
+
+    inspect = commands.add_parser(
+        "inspect", parents=[source], help="which blocks there are and which can idle"
+    )
+    inspect.set_defaults(command=_inspect)
+
+    convert = commands.add_parser(
+        "convert", parents=[source, plan], help="plan and report of a conversion, checked"
+    )
+    convert.add_argument("--save", metavar="FILE", help="write the weights, safetensors")
+    convert.set_defaults(command=_convert)
+
+    timing = commands.add_parser("bench", parents=[source, plan], help="time dense against idling")
+    timing.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16], help="images per call")
+    timing.add_argument("--device", default="cpu")
+    timing.add_argument("--dtype", choices=DTYPES, default="float32")
+    timing.add_argument("--eager", action="store_true", help="do not time compiled models")
+    timing.add_argument("--seconds", type=float, default=4.0, help="about how long to measure one pair")
+    timing.add_argument("--json", metavar="FILE", help="write every sample")
+    timing.set_defaults(command=_bench)
+
+    draw = commands.add_parser("draw", parents=[source, plan], help="picture of working and idle patches")
+    draw.add_argument("images", nargs="+", metavar="IMAGE", help="photographs; name them before the options")
+    draw.add_argument("--out", required=True, metavar="FILE", help="a png, pdf or svg")
+    draw.set_defaults(command=_draw)
+    return parser
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

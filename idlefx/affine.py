@@ -1,0 +1,120 @@
+"""Find queries and keys that are plain views of one linear layer's output.
+
+Where both are, the mean logit of one query on all tokens is a dot product with one vector: the keys of all
+tokens need never be computed.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from idlefx import layouts as lay
+from idlefx.axes import Walk
+from idlefx.layouts import Layout
+
+aten = torch.ops.aten
+
+VIEWS = {
+    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
+    aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.chunk.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims,
+    aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, operator.getitem,
+}  # fmt: skip
+_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Features that are rows of one linear layer, in the order of heads and head features.
+
+    Attributes:
+        linear: The linear node; its input holds (batch, tokens, features) in any order with features last.
+        start: First row.
+        groups: How many runs of rows there are.
+        stride: Rows from one run to the next.
+        width: Rows of a run.
+    """
+
+    linear: fx.Node
+    start: int
+    groups: int
+    stride: int
+    width: int
+
+    @property
+    def rows(self) -> tuple[int, int, int, int]:
+        """What `ops.take_rows` wants to know."""
+        return self.start, self.groups, self.stride, self.width
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all rows of the layer, in order."""
+        return self.rows[:2] == (0, 1) and self.width == lay.sizes(self.linear.meta["val"])[-1]
+
+
+def projection(walk: Walk, node: fx.Node) -> Projection | None:
+    """The linear layer that `node` is a view of, found by sending row numbers through the views.
+
+    Args:
+        walk: Layouts of the block.
+        node: Queries or keys with a token axis of their own.
+    """
+    if isinstance(node.meta["val"], (list, tuple)):
+        return None
+    path: list[fx.Node] = []
+    current = node
+    while current.target in VIEWS:
+        path.append(current)
+        current = current.all_input_nodes[0]
+    if current.target is not aten.linear.default or current not in walk or node not in walk:
+        return None
+    if not _plain_rows(walk[current]) or _tokens(walk[current]) != _tokens(walk[node]):
+        return None
+    shape = [lay.number(s, _BATCH) for s in current.meta["val"].shape]
+    values: dict[fx.Node, Any] = {current: torch.arange(shape[-1]).expand(shape)}
+    for step in reversed(path):
+        args, kwargs = map_arg((step.args, step.kwargs), lambda n: values[n] if n in values else lay.number(n, _BATCH))
+        values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
+    return _pattern(current, _by_token(values[node], walk[node], _BATCH))
+
+
+
+
+
+def _plain_rows(layout: Layout) -> bool:
+    """Whether a layout is the batch and the tokens, each on an axis of its own, and features last."""
+    roles = [dim[0].role if len(dim) == 1 else "?" for dim in layout]
+    return len(roles) == 3 and roles[2] == "" and {"batch", "tokens"} == set(roles[:2])
+
+
+def _tokens(layout: Layout) -> list[lay.Factor]:
+    return [f for dim in layout for f in dim if f.role == "tokens"]
+
+
+def _by_token(tensor: torch.Tensor, layout: Layout, batch: int) -> torch.Tensor:
+    """Bring a tensor of any layout to (batch, tokens, features)."""
+    factors = [f for dim in layout for f in dim]
+    shape = [batch if f.role == "batch" else f.size for f in factors]
+    order = sorted(range(len(factors)), key=lambda i: ("batch", "tokens", "").index(factors[i].role))
+    return tensor.reshape(shape).permute(order).flatten(2)
+
+
+def _pattern(linear: fx.Node, rows: torch.Tensor) -> Projection | None:
+    first = rows[0, 0]
+    if not bool((rows == first).all()):
+        return None
+    breaks = ((first[1:] - first[:-1]) != 1).nonzero().flatten() + 1
+    width = int(breaks[0]) if len(breaks) else len(first)
+    if len(first) % width:
+        return None
+    starts = first.view(-1, width)[:, 0]
+    groups = len(starts)
+    stride = int(starts[1] - starts[0]) if groups > 1 else width
+    regular = starts[0] + torch.arange(groups)[:, None] * stride + torch.arange(width)
+    if not torch.equal(regular.flatten(), first):
+        return None
+    return Projection(linear, int(starts[0]), groups, stride, width)

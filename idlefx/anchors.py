@@ -1,0 +1,102 @@
+"""What counts as attention: one matcher per spelling, each naming q, k, v, mask and scale."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from idlefx.graph import value
+
+aten = torch.ops.aten
+
+_PASSING = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.detach.default)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """An attention that is not written as `scaled_dot_product_attention`.
+
+    Attributes:
+        name: What the spelling is called in tables.
+        out: The node that carries its result.
+        query: Queries (…, N, D).
+        key: Keys, transposed as they stand in the graph (…, D, N).
+        value: Values (…, N, D).
+        mask: Added to the scaled logits, or None.
+        scale: What the logits are multiplied with.
+        dropout: Probability that an attention weight is dropped.
+    """
+
+    name: str
+    out: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    scale: float
+    dropout: float
+
+
+def match_softmax(softmax: fx.Node) -> Spelling | None:
+    """`softmax(q @ kᵀ * scale + mask) @ v`, each part optional but the products."""
+    if softmax.target not in (aten.softmax.int, aten._softmax.default):
+        return None
+    logits, dim = softmax.args[:2]
+    rank = len(softmax.meta["val"].shape)
+    if dim not in (-1, rank - 1) or not isinstance(logits, fx.Node):
+        return None
+    mask, scale = None, 1.0
+    while logits.target not in _PRODUCTS:
+        if len(logits.users) > 1 or not logits.all_input_nodes:
+            return None
+        first, other = logits.args[0], logits.args[1] if len(logits.args) > 1 else None
+        number = float(other) if isinstance(other, (int, float)) else math.nan
+        if logits.target is aten.mul.Tensor and number > 0:
+            scale *= number
+        elif logits.target is aten.div.Tensor and number > 0:
+            scale /= number
+        elif logits.target is aten.add.Tensor and scale == 1.0 and mask is None and isinstance(other, fx.Node):
+            first, mask = _logits_first(logits)
+            if mask is None:
+                return None
+        elif logits.target not in _PASSING:
+            return None
+        assert isinstance(first, fx.Node)
+        logits = first
+    weights, dropout = softmax, 0.0
+    while True:
+        if len(weights.users) != 1:
+            return None
+        user = next(iter(weights.users))
+        if user.target is aten.dropout.default:
+            dropout = float(user.args[1]) if user.args[2] else 0.0  # type: ignore[arg-type]
+        elif user.target not in _PASSING:
+            break
+        weights = user
+    if user.target not in _PRODUCTS or user.args[0] is not weights or len(logits.users) > 1:
+        return None
+    query, key = logits.args[:2]
+    return Spelling("matmul-softmax-matmul", user, query, key, user.args[1], mask, scale, dropout)  # type: ignore[arg-type]
+
+
+def _logits_first(add: fx.Node) -> tuple[Any, Any]:
+    """Which operand of `logits + mask` is which: the logits come out of a product."""
+    for logits, mask in (add.args[:2], add.args[1::-1]):
+        source: Any = logits
+        while isinstance(source, fx.Node) and source.target in (*_PASSING, aten.mul.Tensor, aten.div.Tensor):
+            source = source.args[0]
+        if isinstance(source, fx.Node) and source.target in _PRODUCTS and value(add) is not None:
+            return logits, mask
+    return None, None
+
+
+SPELLINGS: tuple[Callable[[fx.Node], Spelling | None], ...] = (match_softmax,)
+
+
+def match(node: fx.Node) -> Spelling | None:
+    """The attention that is anchored at a node, if one is."""
+    return next((found for spelling in SPELLINGS if (found := spelling(node)) is not None), None)

@@ -1,0 +1,29 @@
+"""The refusals: every error the tool raises on purpose."""
+
+
+class IdleFxError(Exception):
+    """Base of all refusals; its message says what is wrong, where, and what to do."""
+
+
+class InputError(IdleFxError):
+    """An argument, a file or a path that cannot be used."""
+
+
+class CaptureError(IdleFxError):
+    """The model could not be traced."""
+
+
+class BlockError(IdleFxError):
+    """The graph holds no transformer block, or not the kind that was asked for."""
+
+
+class PlanError(IdleFxError):
+    """Layers, keep ratios, schedule or selector do not fit the model."""
+
+
+class UnknownOperation(IdleFxError):
+    """The token axis cannot be followed through an operation."""
+
+
+class PassError(IdleFxError):
+    """A pass left the graph in a state that breaks a promise; names the pass."""

@@ -1,0 +1,68 @@
+"""Guess example inputs for models whose library says what they eat."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from idlefx.errors import InputError
+
+EXAMPLE_BATCH = 2  # a batch of one would be traced as a constant
+
+
+def guess_inputs(model: nn.Module) -> tuple[Any, dict[str, Any]]:
+    """Example inputs for a timm, torchvision or Hugging Face model.
+
+    Returns:
+        The inputs (a tensor, or a dict of keyword inputs), and facts worth keeping: `image_size`
+        (channels, height, width) and, where timm knows it, `data` (mean, std, interpolation, …).
+
+    Raises:
+        InputError: The model does not say which inputs it takes.
+    """
+    for guess in (_timm, _hugging_face, _torchvision):
+        found = guess(model)
+        if found is not None:
+            size, keyword, data = found
+            parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+            # A fixed seed of its own: tracing must not disturb the user's random state.
+            noise = torch.randn(EXAMPLE_BATCH, *size, generator=torch.Generator().manual_seed(0))
+            image = noise.to(parameter.device, parameter.dtype)
+            return ({keyword: image} if keyword else image), {"image_size": size, **data}
+    raise InputError(
+        f"capture: cannot guess the inputs of {type(model).__name__}; pass example_inputs "
+        "(a tensor, a tuple of positional or a dict of keyword inputs)"
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _timm(model: nn.Module) -> tuple[tuple[int, int, int], str, dict[str, Any]] | None:
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, dict) and not hasattr(config, "input_size"):
+        return None
+    from timm.data import resolve_model_data_config
+
+    data = resolve_model_data_config(model)
+    channels, height, width = data["input_size"]
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "img_size", None):
+        height, width = _pair(embed.img_size)
+    stem = getattr(embed, "proj", None)
+    channels = getattr(stem, "in_channels", channels)
+    return (channels, height, width), "", {"data": {**data, "input_size": (channels, height, width)}}
+
+
+def _hugging_face(model: nn.Module) -> tuple[tuple[int, int, int], str, dict[str, Any]] | None:
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", None) or config
+    if getattr(model, "main_input_name", None) != "pixel_values" or not hasattr(config, "image_size"):
+        return None
+    return (getattr(config, "num_channels", 3), *_pair(config.image_size)), "pixel_values", {}
+
+
+def _torchvision(model: nn.Module) -> tuple[tuple[int, int, int], str, dict[str, Any]] | None:
+    size = getattr(model, "image_size", None)
+    return ((3, size, size), "", {}) if isinstance(size, int) else None

@@ -1,0 +1,143 @@
+"""The result of a conversion: a graph module that stays what its model was to its users."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._pytree import tree_flatten
+
+from idlefx.frontend import adopt
+from idlefx.graph import by_name
+from idlefx.records import BlockTable, Plan
+
+
+class IdleModule(fx.GraphModule):
+    """A Vision Transformer in which tokens idle; eager, differentiable, and free in its batch size.
+
+    Signature, output structure, and the names of parameters and buffers are the original's, so checkpoints load
+    both ways. Where train mode runs other operations than eval mode, `.train()` and `.eval()` swap the graph.
+
+    Attributes:
+        plan: Which block keeps how many image tokens.
+        blocks: The table of the model's blocks.
+    """
+
+    plan: Plan
+    blocks: BlockTable
+
+    def __init__(self, evaluation: fx.GraphModule, training: fx.GraphModule, plan: Plan, facts: dict[str, Any]) -> None:
+        super().__init__(evaluation, evaluation.graph, "IdleModule")
+        graphs = {False: evaluation.graph, True: training.graph}
+        _add_constants(self, training)
+        adopt(self, evaluation)
+        self.meta["idlefx"] = {**facts, "plan": plan, "graphs": graphs}
+        for name, records in (("plan", plan), ("blocks", plan.blocks)):
+            own = self._modules.get(name)
+            if own is not None:  # most models call their blocks so: one attribute serves both
+                own.__class__ = _Listing
+                own.records = records  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            facts = self.__dict__.get("meta", {}).get("idlefx")
+            if facts is None or name not in ("plan", "blocks"):
+                raise
+            return facts["plan"] if name == "plan" else facts["plan"].blocks
+
+    def train(self, mode: bool = True) -> "IdleModule":
+        """Set train or eval mode, and the graph that belongs to it."""
+        super().train(mode)
+        graph = self.meta["idlefx"]["graphs"][mode]
+        if self.graph is not graph:
+            self.graph = graph
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IdleModule":
+        copied: IdleModule = super().__deepcopy__(memo)  # type: ignore[assignment]
+        adopt(copied, self)
+        return copied
+
+
+class _Listing(nn.Module):
+    """The model's own submodule, which also lists the records that its name promises on an `IdleModule`."""
+
+    records: Plan | BlockTable
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.records[index]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.records)
+
+    def __str__(self) -> str:
+        return str(self.records)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "records":
+                raise
+            return getattr(self.records, name)
+
+
+def _add_constants(module: nn.Module, training: fx.GraphModule) -> None:
+    """Give `module` the constants that only the train graph reads, under names that are free."""
+    for node in training.graph.find_nodes(op="get_attr"):
+        path, _, leaf = str(node.target).rpartition(".")
+        tensor = getattr(training.get_submodule(path), leaf)
+        owner = module
+        for part in path.split(".") if path else ():
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if getattr(owner, leaf, None) is tensor:
+            continue
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+            continue
+        free = leaf if not hasattr(owner, leaf) else f"{leaf}_in_training"
+        owner.register_buffer(free, tensor)
+        node.target = f"{path}.{free}" if path else free
+
+
+def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.Tensor]:
+    """Which tokens work in each idling block.
+
+    Args:
+        idle: A converted model.
+        *args: Its inputs.
+        **kwargs: Its inputs by keyword.
+
+    Returns:
+        By block index, the positions (B, P + K) of prefix and kept image tokens, ascending.
+    """
+    wanted = {s.block: by_name(idle.graph)[f"idle_{s.block}_index"] for s in idle.plan if s.idles}
+    recorder = _Recorder(idle, set(wanted.values()))
+    codegen = idle.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        flat = codegen.process_inputs(*args, **kwargs)
+    else:
+        flat = tree_flatten((args, kwargs))[0]
+    with torch.no_grad():
+        recorder.run(*flat, enable_io_processing=False)
+    return {block: recorder.seen[node] for block, node in wanted.items()}
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: nn.Module, wanted: set[fx.Node]) -> None:
+        super().__init__(module)
+        self.wanted, self.seen = wanted, dict[fx.Node, torch.Tensor]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.wanted:
+            self.seen[n] = result
+        return result

@@ -1,0 +1,129 @@
+"""The story: capture a model, find its blocks, make a plan, run the passes."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+from torch import fx, nn
+
+from idlefx.blocks import find_blocks
+from idlefx.errors import IdleFxError, PassError
+from idlefx.frontend import Captured, adopt, capture
+from idlefx.module import IdleModule
+from idlefx.passes import idle, normalize, select
+from idlefx.planning import make_plan
+from idlefx.records import BlockTable, Plan
+from idlefx.verify import promise_of, verify
+
+PASSES: tuple[Callable[[fx.GraphModule, Plan], fx.GraphModule], ...] = (normalize, select, idle)
+
+
+def convert(
+    model: nn.Module,
+    layers: Sequence[int],
+    keep: float | Sequence[float],
+    *,
+    schedule: str = "stages",
+    selector: str = "auto",
+    prefix: int | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    copy: bool = True,
+) -> IdleModule:
+    """Turn a Vision Transformer into one whose chosen blocks let the uninformative tokens idle.
+
+    Args:
+        model: Any module whose blocks attend over one sequence of tokens.
+        layers: Block indices, from 0 in execution order: where stages begin, or with `schedule="blocks"` exactly
+            the blocks that idle. `inspect` shows them.
+        keep: Share of the image tokens that works, in (0, 1]; a list gives each entry of `layers` its own.
+            With "stages" one ratio compounds: stage s keeps `keep ** (s + 1)` in every block of it.
+        schedule: "stages" or "blocks".
+        selector: Name of the token score; "auto" takes the logits of the class token, or of the mean query.
+        prefix: Number of leading prefix tokens, or their positions; found if None.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed for timm, torchvision
+            and Hugging Face models.
+        copy: Leave `model` untouched; otherwise the result shares its parameters.
+
+    Returns:
+        An eager, differentiable graph module with the model's signature, state and batch freedom.
+
+    Raises:
+        IdleFxError: Any refusal; the message names the stage, the place and the remedy.
+
+    Source:
+        IdleViT, arXiv:2310.05654.
+    """
+    captured = capture(model, example_inputs, copy_model=copy)
+    blocks = find_blocks(normalized(captured.eval_graph), prefix)
+    plan = make_plan(blocks, layers, keep, schedule, selector)
+    evaluation = run_passes(captured.eval_graph, plan)
+    training = _for_training(captured, plan, evaluation, prefix)
+    result = IdleModule(evaluation, training, plan, captured.facts)
+    return result.train(captured.training)
+
+
+def inspect(
+    model: nn.Module, example_inputs: Any = None, *, prefix: int | Sequence[int] | None = None
+) -> BlockTable:
+    """The blocks of a model: where they are, what they hold, whether they can idle and if not why.
+
+    Args:
+        model: Any module with attention; it stays untouched.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed if None.
+        prefix: Number of leading prefix tokens, or their positions; found if None.
+
+    Raises:
+        IdleFxError: The model cannot be traced, or has no transformer block.
+    """
+    return find_blocks(normalized(capture(model, example_inputs).eval_graph), prefix)
+
+
+def run_passes(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Run all passes on a copy of the graph, each one verified.
+
+    A plan in which no token idles gives back the module as it is, bit by bit.
+
+    Raises:
+        PassError: A pass broke a promise; the message names it.
+    """
+    if not any(step.idles for step in plan):
+        return module
+    result = _copied(module)
+    promise = promise_of(result)
+    for step in PASSES:
+        try:
+            result = step(result, plan)
+        except IdleFxError:
+            raise
+        except Exception as error:
+            raise PassError(f"in pass {step.__name__}: {type(error).__name__}: {error}") from error
+        verify(result, promise, step.__name__)
+    result.recompile()
+    return result
+
+
+def normalized(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose attention is spelled in the one way that the analysis knows."""
+    return normalize(_copied(module), Plan((), BlockTable(())))
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    copied = fx.GraphModule(module, deepcopy(module.graph))
+    adopt(copied, module)
+    return copied
+
+
+def _for_training(captured: Captured, plan: Plan, evaluation: fx.GraphModule, prefix: Any) -> fx.GraphModule:
+    """The train-mode graph with the same plan; its nodes have names of their own, so its blocks are found anew."""
+    if captured.train_graph is captured.eval_graph:
+        return evaluation
+    blocks = find_blocks(normalized(captured.train_graph), prefix)
+    same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
+    if not same or not all(blocks[s.block].can_idle for s in plan):
+        warnings.warn(
+            "in train mode the model has other blocks than in eval mode; `.train()` keeps what eval mode does",
+            stacklevel=3,
+        )
+        return evaluation
+    return run_passes(captured.train_graph, Plan(plan.steps, blocks))

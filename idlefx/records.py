@@ -1,0 +1,174 @@
+"""The facts that cross from one stage to the next, frozen, and the tables they print."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block, as found in the graph; nodes are given by name.
+
+    Attributes:
+        index: Position in execution order, from 0.
+        path: Module path in the user's model, for people.
+        entry: Node of the residual stream entering the block.
+        exit: Node of the residual stream leaving it.
+        cores: The attention nodes inside; parallel branches have several.
+        tokens: N, tokens in the sequence.
+        token_dim: Which dimension of the stream the tokens stand in.
+        batch_dim: Which dimension of the stream the batch stands in.
+        prefix: Positions of the prefix tokens, which are always kept.
+        class_token: Position of the class token, if the head reads one.
+        width: C, features of a token.
+        heads: H, attention heads of one core.
+        head_width: D, features of a head.
+        attention: How the attention is spelled.
+        macs: Multiply-adds of the block for one image.
+        parameters: Parameters that the block reads.
+        affine: Whether queries and keys are affine in the normalised input, so that scores are nearly free.
+        refusal: Why the block cannot idle; empty if it can.
+    """
+
+    index: int
+    path: str
+    entry: str
+    exit: str
+    cores: tuple[str, ...]
+    tokens: int
+    token_dim: int
+    batch_dim: int
+    prefix: tuple[int, ...]
+    class_token: int | None
+    width: int
+    heads: int
+    head_width: int
+    attention: str
+    macs: int = 0
+    parameters: int = 0
+    affine: bool = False
+    refusal: str = ""
+
+    @property
+    def can_idle(self) -> bool:
+        """Whether tokens of this block may idle."""
+        return not self.refusal
+
+    @property
+    def image_tokens(self) -> int:
+        """M, the tokens that may idle."""
+        return self.tokens - len(self.prefix)
+
+    @property
+    def image_positions(self) -> tuple[int, ...]:
+        """Positions of the image tokens, ascending."""
+        prefix = set(self.prefix)
+        return tuple(p for p in range(self.tokens) if p not in prefix)
+
+
+@dataclass(frozen=True)
+class BlockTable(Sequence[Block]):
+    """All blocks of a model, in execution order; prints as a table.
+
+    Attributes:
+        blocks: The blocks.
+        macs: Multiply-adds of the whole model for one image.
+    """
+
+    blocks: tuple[Block, ...]
+    macs: int = 0
+
+    @overload
+    def __getitem__(self, index: int) -> Block: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Block, ...]: ...
+    def __getitem__(self, index: int | slice) -> Block | tuple[Block, ...]:
+        return self.blocks[index]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                b.index,
+                b.path or "-",
+                b.tokens or "-",
+                len(b.prefix),
+                b.width,
+                b.heads,
+                b.attention,
+                f"{b.macs / 1e9:.3f}",
+                "yes" if b.can_idle else f"no: {b.refusal}",
+            )
+            for b in self.blocks
+        ]
+        head = ["block", "path", "tokens", "prefix", "width", "heads", "attention", "GMACs", "can idle"]
+        return tabulate(rows, headers=head, maxcolwidths=[None] * 8 + [60], disable_numparse=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one idling block does.
+
+    Attributes:
+        block: Index of the block.
+        path: Its module path.
+        keep: The share of image tokens that work.
+        kept: K, image tokens that work.
+        tokens: M, image tokens there are.
+        selector: Name of the token score.
+        form: "affine" or "keys": how much of the keys the score has to compute; empty for other scores.
+    """
+
+    block: int
+    path: str
+    keep: float
+    kept: int
+    tokens: int
+    selector: str
+    form: str = ""
+
+    @property
+    def idles(self) -> bool:
+        """Whether any token idles; a block that keeps all of them is left as it is."""
+        return self.kept < self.tokens
+
+
+@dataclass(frozen=True)
+class Plan(Sequence[Step]):
+    """What is to be done to which block, in execution order; prints as a table.
+
+    Attributes:
+        steps: One for each block that was named, directly or through its stage.
+        blocks: The table that the steps refer to.
+    """
+
+    steps: tuple[Step, ...]
+    blocks: BlockTable
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Step, ...]: ...
+    def __getitem__(self, index: int | slice) -> Step | tuple[Step, ...]:
+        return self.steps[index]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def __str__(self) -> str:
+        rows = [
+            (s.block, s.path or "-", f"{s.keep:.3f}", f"{s.kept} of {s.tokens}", s.selector, s.form or "-")
+            for s in self.steps
+        ]
+        head = ["block", "path", "keep", "image tokens kept", "selector", "form"]
+        return tabulate(rows, headers=head, disable_numparse=True)

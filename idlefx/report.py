@@ -1,0 +1,115 @@
+"""What a conversion saves, block by block."""
+
+from dataclasses import dataclass
+
+from tabulate import tabulate
+from torch import fx
+
+from idlefx.macs import count_macs
+from idlefx.module import IdleModule
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block: what it keeps and what it costs for one image.
+
+    Attributes:
+        block: Index.
+        path: Module path.
+        kept: Image tokens that work.
+        tokens: Image tokens there are.
+        dense_gmacs: Multiply-adds before, in units of 1e9.
+        idle_gmacs: After, the selector head counted in.
+        choosing_gmacs: Of these, the selector head.
+        parameters: Parameters that the block reads.
+    """
+
+    block: int
+    path: str
+    kept: int
+    tokens: int
+    dense_gmacs: float
+    idle_gmacs: float
+    choosing_gmacs: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A conversion as a whole; prints as a table.
+
+    Attributes:
+        blocks: Every block, idling or not.
+        dense_gmacs: Multiply-adds of the model before, in units of 1e9.
+        idle_gmacs: After.
+        parameters: Parameters of the model; the conversion adds none.
+        batch_free: Whether the batch size is free.
+    """
+
+    blocks: tuple[BlockReport, ...]
+    dense_gmacs: float
+    idle_gmacs: float
+    parameters: int
+    batch_free: bool
+
+    @property
+    def ratio(self) -> float:
+        """The speed-up that the multiply-adds allow."""
+        return self.dense_gmacs / self.idle_gmacs
+
+    def __str__(self) -> str:
+        rows = [
+            (b.block, b.path or "-", f"{b.kept} of {b.tokens}" if b.tokens else "-", f"{b.dense_gmacs:.3f}",
+             f"{b.idle_gmacs:.3f}", f"{b.choosing_gmacs:.4f}", _millions(b.parameters))
+            for b in self.blocks
+        ]  # fmt: skip
+        rest = self.dense_gmacs - sum(b.dense_gmacs for b in self.blocks)
+        rows.append(("rest", "", "", f"{rest:.3f}", f"{rest:.3f}", "", ""))
+        rows.append(
+            ("all", "", "", f"{self.dense_gmacs:.3f}", f"{self.idle_gmacs:.3f}", "", _millions(self.parameters))
+        )
+        head = ["block", "path", "kept", "dense GMACs", "idle GMACs", "of these choosing", "parameters"]
+        saved = 100 * (1 - self.idle_gmacs / self.dense_gmacs)
+        text = tabulate(rows, headers=head, disable_numparse=True, stralign="right")
+        text += (
+            f"\n{self.dense_gmacs:.2f} GMACs → {self.idle_gmacs:.2f} GMACs (−{saved:.0f} %), "
+            f"a speed-up of {self.ratio:.2f} at most; a multiply-add counts as one"
+        )
+        return text if self.batch_free else text + "\nthe batch size is fixed to the example's by the model's own code"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
+def report(idle: IdleModule) -> Report:
+    """Kept tokens, multiply-adds for one image and parameters of a converted model, per block and in total."""
+    steps = {step.block: step for step in idle.plan}
+    graph = idle.meta["idlefx"]["graphs"][False]
+    rows = []
+    for block in idle.blocks:
+        step = steps.get(block.index)
+        macs, choosing = block.macs, 0
+        if step is not None and step.idles:
+            nodes = [node for node in graph.nodes if node.name.startswith(f"idle_{block.index}_")]
+            macs, choosing = count_macs(nodes), count_macs(_head(nodes, block.index))
+        kept = step.kept if step is not None else block.image_tokens
+        rows.append(
+            BlockReport(
+                block.index, block.path, kept, block.image_tokens, block.macs / 1e9, macs / 1e9, choosing / 1e9,
+                block.parameters,
+            )
+        )  # fmt: skip
+    dense = idle.blocks.macs / 1e9
+    total = dense + sum(row.idle_gmacs - row.dense_gmacs for row in rows)
+    parameters = sum(parameter.numel() for parameter in idle.parameters())
+    return Report(tuple(rows), dense, total, parameters, idle.meta["idlefx"].get("batch_free", True))
+
+
+def _head(nodes: list[fx.Node], block: int) -> list[fx.Node]:
+    """The nodes that the choice of tokens depends on."""
+    needed = {node for node in nodes if node.name == f"idle_{block}_index"}
+    for node in reversed(nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return [node for node in nodes if node in needed]

@@ -1,0 +1,47 @@
+"""Write every recognised attention as `scaled_dot_product_attention`.
+
+1. A spelling that `anchors` matches becomes one call; its result keeps its node, and so its name.
+2. Keys that were transposed for the product are taken from before the transposition.
+3. What is not recognised stays.
+"""
+
+import torch
+from torch import fx
+
+from idlefx.anchors import Spelling, match
+from idlefx.rebuild import emit
+from idlefx.records import Plan
+
+aten = torch.ops.aten
+
+
+def normalize(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Rewrite hand-written attention; the plan does not matter."""
+    del plan
+    found = [spelling for node in module.graph.nodes if (spelling := match(node)) is not None]
+    for spelling in found:
+        _rewrite(module.graph, spelling)
+    if found:
+        module.graph.eliminate_dead_code()
+    return module
+
+
+def _rewrite(graph: fx.Graph, spelling: Spelling) -> None:
+    out = spelling.out
+    with graph.inserting_before(out):
+        key = _untransposed(graph, spelling.key)
+    out.target = aten.scaled_dot_product_attention.default
+    out.args = (spelling.query, key, spelling.value, spelling.mask, spelling.dropout, False)
+    out.kwargs = {"scale": spelling.scale}
+    out.meta["idlefx"] = {"attention": spelling.name}
+
+
+def _untransposed(graph: fx.Graph, key: fx.Node) -> fx.Node:
+    rank = len(key.meta["val"].shape)
+    if key.target is aten.transpose.int:
+        dims = {d % rank for d in key.args[1:3]}  # type: ignore[operator]
+        if dims == {rank - 1, rank - 2}:
+            source = key.args[0]
+            assert isinstance(source, fx.Node)
+            return source
+    return emit(graph, aten.transpose.int, key, -2, -1, name="keys", like=key)

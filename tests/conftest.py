@@ -1,0 +1,29 @@
+"""Fixtures: every model by name."""
+
+import os
+
+import pytest
+import torch
+from models import MODELS, Spec, build
+from torch import nn
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", params=list(MODELS))
+def name(request: pytest.FixtureRequest) -> str:
+    """The name of each model in turn."""
+    return request.param
+
+
+@pytest.fixture
+def spec(name: str) -> Spec:
+    """What is known of the model without looking at it."""
+    return MODELS[name]
+
+
+@pytest.fixture
+def model(name: str) -> nn.Module:
+    """Each model in turn, fresh, in evaluation mode."""
+    return build(name)
