@@ -24,9 +24,7 @@ STEPS = (
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, edge: str = "none") -> None:
-    shape = FancyBboxPatch(
-        (x, y), width, height, "round,pad=0,rounding_size=0.12", fc=colour, ec=edge, lw=0.8
-    )
+    shape = FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.12", fc=colour, ec=edge, lw=0.8)
     axes.add_patch(shape)
 
 
@@ -68,9 +66,7 @@ def steps(axes: Axes) -> None:
         axes.text(x + 1.48, y + 1.44, name, color=INK, size=9, ha="center", va="center", weight="bold")
         axes.text(x + 1.48, y + 0.66, words, color=INK, size=6.6, ha="center", va="center", linespacing=1.3)
         if number:
-            arrow = FancyArrowPatch(
-                (x - 0.58, y + 0.87), (x - 0.02, y + 0.87), arrowstyle="-|>", mutation_scale=8
-            )
+            arrow = FancyArrowPatch((x - 0.58, y + 0.87), (x - 0.02, y + 0.87), arrowstyle="-|>", mutation_scale=8)
             arrow.set_color(INK)
             axes.add_patch(arrow)
 

@@ -41,6 +41,13 @@ def photograph(model: torch.nn.Module) -> tuple[str, torch.Tensor]:
     return path, create_transform(**resolve_model_data_config(model))(Image.open(path)).unsqueeze(0)
 
 
+def label(logits: torch.Tensor) -> str:
+    """ImageNet's name for the likeliest class."""
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo().index_to_description(int(logits.argmax()))
+
+
 def title(text: str) -> None:
     print(f"\n{text}\n{'=' * len(text)}")
 
@@ -64,8 +71,8 @@ def main() -> None:
     all_kept = idlefx.convert(dense, layers=[3, 6, 9], keep=1.0)
     print("keeping every token gives the dense model's output:", torch.equal(all_kept(x), dense(x)))
     ours, theirs = idle(x), dense(x)
-    print(f"letting tokens idle moves the logits by {(ours - theirs).norm() / theirs.norm():.1%}")
-    print(f"top class: {ours.argmax().item()}, dense {theirs.argmax().item()}")
+    print(f"without fine-tuning, idling moves the logits by {(ours - theirs).norm() / theirs.norm():.1%}")
+    print(f"the idling model sees: {label(ours)}; the dense one: {label(theirs)}")
 
     title("What it takes")
     print(bench(dense, idle, x, batches=[1, 8], compiled=False))

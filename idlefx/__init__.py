@@ -10,6 +10,7 @@ from idlefx.errors import (
     UnknownOperation,
 )
 from idlefx.module import IdleModule
+from idlefx.picture import draw
 from idlefx.pipeline import convert, inspect
 from idlefx.records import Block, BlockTable, Plan, Step
 from idlefx.report import Report, report
@@ -18,5 +19,5 @@ from idlefx.selectors import selector
 __version__ = "0.1.0"
 __all__ = [
     "Block", "BlockError", "BlockTable", "CaptureError", "IdleFxError", "IdleModule", "InputError", "PassError",
-    "Plan", "PlanError", "Report", "Step", "UnknownOperation", "convert", "inspect", "report", "selector",
+    "Plan", "PlanError", "Report", "Step", "UnknownOperation", "convert", "draw", "inspect", "report", "selector",
 ]  # fmt: skip

@@ -58,9 +58,7 @@ def _bench(options: argparse.Namespace) -> None:
         model = _model(options).to(present(options.device), getattr(torch, options.dtype))
         example = _example(options, model)
         idle = _idle(options, model, example)
-        result = bench(
-            model, idle, example, batches=options.batch, compiled=not options.eager, seconds=options.seconds
-        )
+        result = bench(model, idle, example, batches=options.batch, compiled=not options.eager, seconds=options.seconds)
         print(result)
         if partial:
             partial.write_text(result.to_json())
@@ -84,9 +82,7 @@ def _example(options: argparse.Namespace, model: nn.Module) -> Any:
     return torch.randn(options.example_shape).to(weight.device, weight.dtype)
 
 
-def _idle(
-    options: argparse.Namespace, model: nn.Module, example: Any, keep: float | None = None
-) -> IdleModule:
+def _idle(options: argparse.Namespace, model: nn.Module, example: Any, keep: float | None = None) -> IdleModule:
     given = options.keep if len(options.keep) > 1 else options.keep[0]
     return idlefx.convert(
         model,
@@ -106,21 +102,15 @@ def _largest_difference(model: nn.Module, idle: nn.Module, example: Any) -> floa
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m idlefx", description="Vision Transformers whose tokens may idle."
-    )
+    parser = argparse.ArgumentParser(prog="python -m idlefx", description="Vision Transformers whose tokens may idle.")
     commands = parser.add_subparsers(required=True, metavar="inspect | convert | bench | draw")
 
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument("--model", required=True, help="a timm name, or package.module:callable")
     source.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
     source.add_argument("--checkpoint", metavar="FILE", help="weights to load, safetensors")
-    source.add_argument(
-        "--img-size", type=int, metavar="PIXELS", help="side of the images, if not the model's own"
-    )
-    source.add_argument(
-        "--example-shape", type=_shape, metavar="2,3,224,224", help="shape of an input, if not known"
-    )
+    source.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images, if not the model's own")
+    source.add_argument("--example-shape", type=_shape, metavar="2,3,224,224", help="shape of an input, if not known")
 
     plan = argparse.ArgumentParser(add_help=False)
     plan.add_argument("--layers", type=int, nargs="+", required=True, help="blocks that open a stage, from 0")
@@ -131,22 +121,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[0.7],
         help="share of tokens that work: one, or one per layer",
     )
-    plan.add_argument(
-        "--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle"
-    )
+    plan.add_argument("--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle")
     plan.add_argument("--selector", default="auto", help="the token score")
-    plan.add_argument(
-        "--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found"
-    )
+    plan.add_argument("--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found")
 
-    inspect = commands.add_parser(
-        "inspect", parents=[source], help="which blocks there are and which can idle"
-    )
+    inspect = commands.add_parser("inspect", parents=[source], help="which blocks there are and which can idle")
     inspect.set_defaults(command=_inspect)
 
-    convert = commands.add_parser(
-        "convert", parents=[source, plan], help="plan and report of a conversion, checked"
-    )
+    convert = commands.add_parser("convert", parents=[source, plan], help="plan and report of a conversion, checked")
     convert.add_argument("--save", metavar="FILE", help="write the weights, safetensors")
     convert.set_defaults(command=_convert)
 

@@ -13,8 +13,9 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from idlefx import layouts as lay
-from idlefx.axes import Walk
+from idlefx.graph import Call
 from idlefx.layouts import Layout
+from idlefx.walk import Walk
 
 aten = torch.ops.aten
 
@@ -56,33 +57,43 @@ class Projection:
         return self.rows[:2] == (0, 1) and self.width == lay.sizes(self.linear.meta["val"])[-1]
 
 
-def projection(walk: Walk, node: fx.Node) -> Projection | None:
+def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Projection | None:
     """The linear layer that `node` is a view of, found by sending row numbers through the views.
 
     Args:
         walk: Layouts of the block.
         node: Queries or keys with a token axis of their own.
+        up_to_scale: Look through products with a positive number, which order the logits as before.
     """
     if isinstance(node.meta["val"], (list, tuple)):
         return None
-    path: list[fx.Node] = []
+    path: list[Call] = []
     current = node
-    while current.target in VIEWS:
-        path.append(current)
+    while current.target in VIEWS or (up_to_scale and _is_scaling(current)):
+        if not _is_scaling(current):
+            path.append(current)
         current = current.all_input_nodes[0]
     if current.target is not aten.linear.default or current not in walk or node not in walk:
         return None
     if not _plain_rows(walk[current]) or _tokens(walk[current]) != _tokens(walk[node]):
         return None
     shape = [lay.number(s, _BATCH) for s in current.meta["val"].shape]
-    values: dict[fx.Node, Any] = {current: torch.arange(shape[-1]).expand(shape)}
+    numbers: Any = torch.arange(shape[-1]).expand(shape)
     for step in reversed(path):
-        args, kwargs = map_arg((step.args, step.kwargs), lambda n: values[n] if n in values else lay.number(n, _BATCH))
-        values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
-    return _pattern(current, _by_token(values[node], walk[node], _BATCH))
+        args, kwargs = _with_numbers(step, numbers)
+        numbers = step.target(*args, **kwargs)
+    return _pattern(current, _by_token(numbers, walk[node], _BATCH))
 
 
+def _with_numbers(step: Call, numbers: Any) -> tuple[Any, Any]:
+    """A view's arguments, its tensor replaced by the numbers and every free size by that of the small batch."""
+    given = step.all_input_nodes[0]
+    return map_arg((step.args, step.kwargs), lambda n: numbers if n is given else lay.number(n, _BATCH))
 
+
+def _is_scaling(node: fx.Node) -> bool:
+    factor = node.args[1] if len(node.args) > 1 else None
+    return node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(factor, (int, float)) and factor > 0
 
 
 def _plain_rows(layout: Layout) -> bool:

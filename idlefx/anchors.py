@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from idlefx.graph import value
+from idlefx.graph import Call, value
+from idlefx.layouts import Layout
 
 aten = torch.ops.aten
 
@@ -79,7 +80,8 @@ def match_softmax(softmax: fx.Node) -> Spelling | None:
         weights = user
     if user.target not in _PRODUCTS or user.args[0] is not weights or len(logits.users) > 1:
         return None
-    query, key = logits.args[:2]
+    product: Call = logits
+    query, key = product.args[:2]
     return Spelling("matmul-softmax-matmul", user, query, key, user.args[1], mask, scale, dropout)  # type: ignore[arg-type]
 
 
@@ -98,5 +100,58 @@ SPELLINGS: tuple[Callable[[fx.Node], Spelling | None], ...] = (match_softmax,)
 
 
 def match(node: fx.Node) -> Spelling | None:
-    """The attention that is anchored at a node, if one is."""
+    """The attention that is anchored at a node, if it can be written as `scaled_dot_product_attention`."""
     return next((found for spelling in SPELLINGS if (found := spelling(node)) is not None), None)
+
+
+@dataclass(frozen=True)
+class Core:
+    """An attention in a normalised graph.
+
+    Attributes:
+        name: How it is spelled.
+        out: The node of its result.
+        query: Queries (…, N, D).
+        key: Keys (…, N, D), or (…, D, N) if `transposed`.
+        transposed: How the keys stand.
+    """
+
+    name: str
+    out: fx.Node
+    query: fx.Node
+    key: fx.Node
+    transposed: bool = False
+
+    def key_layout(self, layout: Layout) -> Layout:
+        """The layout of the keys as (…, N, D)."""
+        return (*layout[:-2], layout[-1], layout[-2]) if self.transposed else layout
+
+
+def find_cores(graph: fx.Graph) -> list[Core]:
+    """Every attention of a normalised graph, in graph order; those that stay spelled out with their map too."""
+    found = []
+    nodes: list[Call] = list(graph.nodes)
+    for node in nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            name = node.meta.get("idlefx", {}).get("attention", "sdpa")
+            found.append(Core(name, node, node.args[0], node.args[1]))
+        elif node.target in (aten.softmax.int, aten._softmax.default):
+            core = _spelled_out(node)
+            found += [core] if core is not None else []
+    return found
+
+
+def _spelled_out(softmax: Call) -> Core | None:
+    """An attention whose map is worked on between its products, such as by mixing the heads."""
+    logits: Call = softmax.args[0]
+    while logits is not None and logits.target not in _PRODUCTS:
+        logits = logits.args[0] if logits.args and isinstance(logits.args[0], fx.Node) else None
+    weights: Call = softmax
+    while weights.target not in _PRODUCTS and len(weights.users) == 1:
+        user = next(iter(weights.users))
+        if user.op != "call_function" or user.args[0] is not weights:
+            return None
+        weights = user
+    if logits is None or weights.target not in _PRODUCTS:
+        return None
+    return Core("spelled out", weights, logits.args[0], logits.args[1], transposed=True)

@@ -99,9 +99,7 @@ def present(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _ready(
-    model: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None
-) -> Iterator[nn.Module]:
+def _ready(model: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None) -> Iterator[nn.Module]:
     """The model in evaluation mode, or a moved copy of it; its own modes come back."""
     if device is not None or dtype is not None:
         model = deepcopy(model).to(device=device, dtype=dtype)
@@ -183,6 +181,4 @@ def _machine(weight: Tensor) -> str:
     else:
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
-    return (
-        f"{name}, {str(weight.dtype).removeprefix('torch.')}, torch {torch.__version__}, {platform.system()}"
-    )
+    return f"{name}, {str(weight.dtype).removeprefix('torch.')}, torch {torch.__version__}, {platform.system()}"

@@ -24,9 +24,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             raise IsADirectoryError(0, "it is a directory")
         partial.touch()
     except OSError as error:
-        raise InputError(
-            f"cannot write {target}: {error.strerror}; name a file in a directory that exists"
-        ) from error
+        raise InputError(f"cannot write {target}: {error.strerror}; name a file in a directory that exists") from error
     try:
         yield partial
         partial.replace(target)

@@ -169,7 +169,7 @@ def _explain(model: nn.Module, inputs: Args, error: Exception) -> IdleFxError:
         return refusal
     refusal = CaptureError(
         f"capture: torch.export cannot trace the model: {_first_line(error)} (at {_own_line(error)}); "
-        "a forward without `if` on tensor values, `.item()` and Python side effects usually helps"
+        "a forward without control flow on tensor values (use torch.where), `.item()` and side effects usually helps"
     )
     refusal.__cause__ = error
     return refusal
@@ -189,7 +189,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down every operation with its settings, but not its data."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stream: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

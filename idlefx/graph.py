@@ -5,12 +5,18 @@ sizes are left out, so that a dominator is a place that all image information pa
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import networkx as nx
 import torch
 from torch import fx
 
+from idlefx import layouts as lay
+
 SINK = "sink"
+
+# An `fx.Node` whose arguments are looked at: torch types each of them as a union of everything.
+Call: TypeAlias = Any
 _LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
 
 
@@ -18,6 +24,14 @@ def value(node: fx.Node) -> torch.Tensor | None:
     """The example tensor that the trace recorded for a node, if it carries one."""
     val = node.meta.get("val")
     return val if isinstance(val, torch.Tensor) else None
+
+
+def shape_of(node: Call) -> list[int]:
+    """The traced shape of a node that carries a tensor, as plain numbers.
+
+    To compare symbolic sizes would record a guard, and might so fix the batch.
+    """
+    return lay.sizes(node.meta["val"])
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -82,7 +96,7 @@ def post_dominator_chain(flow: nx.DiGraph, node: object) -> Iterator[fx.Node]:
     reverse = flow.graph.get("reverse")
     if reverse is None:
         # A view of another edge direction is made once: post-dominators are its dominators.
-        reverse = flow.graph["reverse"] = nx.DiGraph(list((b, a) for a, b in flow.edges))
+        reverse = flow.graph["reverse"] = nx.DiGraph([(b, a) for a, b in flow.edges])
     return dominator_chain(reverse, SINK, node)
 
 
@@ -104,10 +118,14 @@ def _reads_tensor(user: fx.Node) -> bool:
     return user.op == "output" or carries_tensors(user)
 
 
-def module_path(node: fx.Node) -> str:
-    """The module that a node was traced from; empty where the trace does not know."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]) if stack else ""
+def remove_dead(graph: fx.Graph) -> None:
+    """Remove what nobody reads. A dropout that nobody reads goes too, though torch counts its dice as an effect."""
+
+    def has_effect(node: fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+
+    graph.eliminate_dead_code(has_effect)
 
 
 def common_path(nodes: Iterable[fx.Node]) -> str:

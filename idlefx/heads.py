@@ -38,7 +38,13 @@ class Head:
             return self._affine(step.selector)
         chosen = find_selector(step.selector)
         given = {name: self._evidence(name, step.selector) for name in chosen.evidence}
-        scores = self._emit(chosen.function, name="scores", **given)
+        try:
+            scores = self._emit(chosen.function, name="scores", **given)
+        except Exception as error:
+            raise PlanError(
+                f"select: selector {step.selector!r} failed in block {self.block.index} ({self.block.path}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
         shape = list(getattr(scores.meta["val"], "shape", ()))
         if len(shape) != 2 or shape[1] != self.block.tokens:
             raise PlanError(
@@ -59,28 +65,34 @@ class Head:
         if name == "query":
             return self._query(selector)
         if name in ("q", "k"):
-            return self._heads("qk".index(name), self.all_tokens)
+            return self._heads(self.all_tokens, keys=name == "k")
         return {"prefix": self.block.prefix, "block": self.block.index}[name]
 
     def _query(self, selector: str) -> fx.Node:
         position, entry = self.block.class_token, self.opened.entry
         if position is None or selector == "mean":
-            return self._emit(ops.mean_tokens, self._heads(0, self.all_tokens), self.block.prefix, 2, name="query")
+            return self._emit(
+                ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.block.prefix, 2, name="query"
+            )
         dims = (self.block.token_dim, self.block.batch_dim)
         token = self._emit(aten.slice.Tensor, entry, dims[0], position, position + 1, name="class_token")
         index = self._emit(ops.fixed_tokens, entry, (position,), dims[1], name="class_index")
         alone = Subset(index, (position,), (), 0)
-        return self._heads(0, Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_"))
+        return self._heads(Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_"), keys=False)
 
-    def _heads(self, operand: int, rebuild: Rebuilder) -> fx.Node:
-        """Queries (0) or keys (1) of all attention cores, (B, H, N, D)."""
+    def _heads(self, rebuild: Rebuilder, *, keys: bool) -> fx.Node:
+        """Queries or keys of all attention cores, (B, H, N, D)."""
         found = []
         for core in self.opened.cores:
-            node, most = core.args[operand], _head_count(self.walk[core.args[0]])
-            assert isinstance(node, fx.Node)
+            node, layout = (
+                (core.key, core.key_layout(self.walk[core.key])) if keys else (core.query, self.walk[core.query])
+            )
             self._narrow(node, rebuild)
-            heads = self._standard(rebuild(node), self.walk[node])
-            each = most // _head_count(self.walk[node])
+            heads = rebuild(node)
+            if keys and core.transposed:
+                heads = self._emit(aten.transpose.int, heads, -2, -1, name="keys")
+            heads = self._standard(heads, layout)
+            each = _head_count(self.walk[core.query]) // _head_count(layout)
             if each > 1:  # grouped queries: a key serves several heads
                 heads = self._emit(aten.repeat_interleave.self_int, heads, each, 1, name="grouped")
             found.append(heads)
@@ -136,9 +148,9 @@ class Head:
 
     def _affine(self, selector: str) -> fx.Node:
         total = None
-        heads = sum(_head_count(self.walk[core.args[0]]) for core in self.opened.cores)
+        heads = sum(_head_count(self.walk[core.query]) for core in self.opened.cores)
         for core in self.opened.cores:
-            query, key = (projection(self.walk, node) for node in core.args[:2])  # type: ignore[arg-type]
+            query, key = (projection(self.walk, node, up_to_scale=True) for node in (core.query, core.key))
             assert query is not None and key is not None
             given, weight, bias = self._weights(query)
             one = self._one_token(self.all_tokens(given), self._token_dim(query), selector)

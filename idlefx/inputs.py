@@ -43,12 +43,12 @@ def _timm(model: nn.Module) -> tuple[tuple[int, int, int], str, dict[str, Any]] 
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, dict) and not hasattr(config, "input_size"):
         return None
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     data = resolve_model_data_config(model)
     channels, height, width = data["input_size"]
     embed = getattr(model, "patch_embed", None)
-    if getattr(embed, "img_size", None):
+    if embed is not None and getattr(embed, "img_size", None):
         height, width = _pair(embed.img_size)
     stem = getattr(embed, "proj", None)
     channels = getattr(stem, "in_channels", channels)
@@ -58,7 +58,7 @@ def _timm(model: nn.Module) -> tuple[tuple[int, int, int], str, dict[str, Any]] 
 def _hugging_face(model: nn.Module) -> tuple[tuple[int, int, int], str, dict[str, Any]] | None:
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", None) or config
-    if getattr(model, "main_input_name", None) != "pixel_values" or not hasattr(config, "image_size"):
+    if getattr(model, "main_input_name", None) != "pixel_values" or config is None or not hasattr(config, "image_size"):
         return None
     return (getattr(config, "num_channels", 3), *_pair(config.image_size)), "pixel_values", {}
 

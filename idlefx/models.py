@@ -68,7 +68,8 @@ def _load(model: nn.Module, checkpoint: Path) -> None:
     try:
         missing, unexpected = safetensors.torch.load_model(model, checkpoint, strict=False)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise InputError(f"checkpoint: cannot load {checkpoint}: {error}") from error
+        first = " ".join(str(error).split("\n")[:2])  # torch lists every weight that differs
+        raise InputError(f"checkpoint: cannot load {checkpoint}: {first}") from error
     if missing or unexpected:
         names = ", ".join(sorted([*missing, *unexpected])[:5])
         raise InputError(

@@ -49,8 +49,8 @@ def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str |
     Args:
         idle: The converted model.
         images: Photographs, as files or PIL images, cropped and normalised as the model's data configuration
-            says; or a tensor (B, C, H, W) of the model's size, `uint8` for pixels, floating point for what the
-            model takes, normalised already.
+            says; or a tensor (B, C, H, W) of the model's size, `uint8` for pixels, floating point for what
+            the model takes, normalised already.
         path: Where to; its suffix chooses PNG, PDF or SVG.
 
     Returns:
@@ -62,9 +62,7 @@ def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str |
     target = Path(path)
     form = target.suffix.lower().removeprefix(".")
     if form not in FORMATS:
-        raise InputError(
-            f"draw: cannot tell the format of {target}; let its name end in .{', .'.join(FORMATS)}"
-        )
+        raise InputError(f"draw: cannot tell the format of {target}; let its name end in .{', .'.join(FORMATS)}")
     if not any(step.idles for step in idle.plan):
         raise InputError("draw: no token of this model idles; convert it with a keep ratio below 1")
     with whole_file(target) as partial:
@@ -165,8 +163,6 @@ def _edges(axes: Axes, works: Grid, shape: tuple[int, ...]) -> None:
     """A thin line wherever a working patch borders on an idle one."""
     cell = np.array([shape[1] / works.shape[1], shape[0] / works.shape[0]])  # x, y
     below, right = np.argwhere(works[1:] != works[:-1]), np.argwhere(works[:, 1:] != works[:, :-1])
-    lines = [((x, y + 1), (x + 1, y + 1)) for y, x in below] + [
-        ((x + 1, y), (x + 1, y + 1)) for y, x in right
-    ]
+    lines = [((x, y + 1), (x + 1, y + 1)) for y, x in below] + [((x + 1, y), (x + 1, y + 1)) for y, x in right]
     edges = [np.array(line) * cell for line in lines]
     axes.add_collection(LineCollection(edges, colors="0.25", linewidths=0.35, capstyle="projecting"), False)

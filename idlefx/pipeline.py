@@ -11,12 +11,15 @@ from idlefx.blocks import find_blocks
 from idlefx.errors import IdleFxError, PassError
 from idlefx.frontend import Captured, adopt, capture
 from idlefx.module import IdleModule
-from idlefx.passes import idle, normalize, select
+from idlefx.passes import idle_tokens, lower_spellings, normalize_attention, select_tokens
 from idlefx.planning import make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.verify import promise_of, verify
 
-PASSES: tuple[Callable[[fx.GraphModule, Plan], fx.GraphModule], ...] = (normalize, select, idle)
+Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
+
+SPELL: tuple[Pass, ...] = (lower_spellings, normalize_attention)
+REWRITE: tuple[Pass, ...] = (select_tokens, idle_tokens)
 
 
 def convert(
@@ -63,9 +66,7 @@ def convert(
     return result.train(captured.training)
 
 
-def inspect(
-    model: nn.Module, example_inputs: Any = None, *, prefix: int | Sequence[int] | None = None
-) -> BlockTable:
+def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Sequence[int] | None = None) -> BlockTable:
     """The blocks of a model: where they are, what they hold, whether they can idle and if not why.
 
     Args:
@@ -89,23 +90,26 @@ def run_passes(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """
     if not any(step.idles for step in plan):
         return module
-    result = _copied(module)
-    promise = promise_of(result)
-    for step in PASSES:
-        try:
-            result = step(result, plan)
-        except IdleFxError:
-            raise
-        except Exception as error:
-            raise PassError(f"in pass {step.__name__}: {type(error).__name__}: {error}") from error
-        verify(result, promise, step.__name__)
-    result.recompile()
-    return result
+    return _run((*SPELL, *REWRITE), _copied(module), plan)
 
 
 def normalized(module: fx.GraphModule) -> fx.GraphModule:
     """A copy whose attention is spelled in the one way that the analysis knows."""
-    return normalize(_copied(module), Plan((), BlockTable(())))
+    return _run(SPELL, _copied(module), Plan((), BlockTable(())))
+
+
+def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    promise = promise_of(module)
+    for step in passes:
+        try:
+            module = step(module, plan)
+        except IdleFxError:
+            raise
+        except Exception as error:
+            raise PassError(f"in pass {step.__name__}: {type(error).__name__}: {error}") from error
+        verify(module, promise, step.__name__)
+    module.recompile()
+    return module
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:

@@ -40,9 +40,7 @@ def make_plan(
     pairs = sorted(zip(listed, ratios, strict=True))
     if schedule == "stages":
         ends = [start for start, _ in pairs[1:]] + [len(blocks)]
-        pairs = [
-            (index, ratio) for (start, ratio), end in zip(pairs, ends, strict=True) for index in range(start, end)
-        ]
+        pairs = [(index, ratio) for (start, ratio), end in zip(pairs, ends, strict=True) for index in range(start, end)]
     return Plan(tuple(_step(blocks, index, ratio, selector) for index, ratio in pairs), blocks)
 
 
@@ -54,7 +52,7 @@ def kept_tokens(keep: float, tokens: int) -> int:
 def _listed(blocks: BlockTable, layers: Sequence[int]) -> list[int]:
     listed = list(layers) if isinstance(layers, (list, tuple, range)) else None
     if listed is None or any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
-        raise PlanError(f"plan: layers={layers!r} is not a list of block indices such as [3, 6, 9]")
+        raise PlanError(f"plan: layers={layers!r} is not a list of whole numbers; name block indices such as [3, 6, 9]")
     if not listed:
         raise PlanError("plan: layers is empty; name at least one block")
     for index in listed:
@@ -69,15 +67,17 @@ def _ratios(keep: float | Sequence[float], count: int, compound: bool) -> list[f
     if isinstance(keep, Real):
         _check_ratio(keep)
         return [float(keep) ** (s + 1 if compound else 1) for s in range(count)]
-    if not isinstance(keep, (list, tuple)) or len(keep) != count:
-        raise PlanError(f"plan: keep={keep!r} must be one ratio, or a list of {count}, one for each entry of layers")
+    if not isinstance(keep, (list, tuple)):
+        raise PlanError(f"plan: keep={keep!r} is neither a ratio nor a list of ratios")
+    if len(keep) != count:
+        raise PlanError(f"plan: keep holds {len(keep)} ratios but layers {count} blocks; give one ratio, or one each")
     for ratio in keep:
         _check_ratio(ratio)
     return [float(ratio) for ratio in keep]
 
 
 def _check_ratio(ratio: object) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < float(ratio) <= 1:
         raise PlanError(f"plan: keep={ratio!r} is not in (0, 1]; 0.7 keeps 70 % of the image tokens, 1.0 all of them")
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import fx
 
 from idlefx import layouts as lay
-from idlefx.axes import RULES, Walk, pointwise
+from idlefx.axes import rule_of
 from idlefx.errors import UnknownOperation
-from idlefx.graph import value
+from idlefx.graph import Call, value
 from idlefx.layouts import Layout
+from idlefx.walk import Walk
 
 aten = torch.ops.aten
 _ROWWISE = (aten.layer_norm.default, aten.rms_norm.default, aten.linear.default, aten.dropout.default,
@@ -29,7 +30,7 @@ def prefix_positions(flow: nx.DiGraph, stream: fx.Node, dim: int, blocks: Mappin
     return tuple(i for i, from_image in enumerate(_from_image(flow, stream, dim, blocks)) if not from_image)
 
 
-def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> list[bool]:
+def _from_image(flow: nx.DiGraph, node: Call, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> list[bool]:
     tensor = value(node)
     assert tensor is not None
     dim %= tensor.ndim
@@ -39,16 +40,16 @@ def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.No
     if node in blocks:
         return _from_image(flow, blocks[node], dim, blocks)
     target, args = node.target, node.args
-    if target is aten.cat.default and (args[1] if len(args) > 1 else 0) % tensor.ndim == dim:  # type: ignore[operator]
-        return [from_image for piece in args[0] for from_image in _from_image(flow, piece, dim, blocks)]  # type: ignore
+    if target is aten.cat.default and (args[1] if len(args) > 1 else 0) % tensor.ndim == dim:
+        return [from_image for piece in args[0] for from_image in _from_image(flow, piece, dim, blocks)]
     if target is aten.transpose.int:
         order = list(range(tensor.ndim))
         a, b = args[1:3]
-        order[a], order[b] = order[b], order[a]  # type: ignore[index]
-        return _from_image(flow, args[0], order[dim], blocks)  # type: ignore[arg-type]
+        order[a], order[b] = order[b], order[a]
+        return _from_image(flow, args[0], order[dim], blocks)
     if target is aten.permute.default:
-        return _from_image(flow, args[0], args[1][dim], blocks)  # type: ignore
-    is_whole = target is aten.slice.Tensor and args[0].meta["val"].shape == tensor.shape  # type: ignore[union-attr]
+        return _from_image(flow, args[0], args[1][dim], blocks)
+    is_whole = target is aten.slice.Tensor and lay.sizes(args[0].meta["val"]) == lay.sizes(tensor)
     if is_whole or target in _ROWWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
         operands = [_operand(flow, i, tensor.ndim, dim, count, blocks) for i in node.all_input_nodes if i in flow]
         return [any(column) for column in zip(*operands, strict=True)]
@@ -56,7 +57,7 @@ def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.No
 
 
 def _operand(
-    flow: nx.DiGraph, node: fx.Node, rank: int, dim: int, count: int, blocks: Mapping[fx.Node, fx.Node]
+    flow: nx.DiGraph, node: Call, rank: int, dim: int, count: int, blocks: Mapping[fx.Node, fx.Node]
 ) -> list[bool]:
     tensor = value(node)
     if tensor is None:
@@ -67,7 +68,7 @@ def _operand(
     return _from_image(flow, node, at, blocks)
 
 
-def read_by_head(after: Iterable[fx.Node], stream: fx.Node, layout: Layout) -> list[set[int]]:
+def read_by_head(after: Iterable[Call], stream: fx.Node, layout: Layout) -> list[set[int]]:
     """Sets of token positions that what follows the last block reads together.
 
     Args:
@@ -81,16 +82,11 @@ def read_by_head(after: Iterable[fx.Node], stream: fx.Node, layout: Layout) -> l
         own = [i for i in node.all_input_nodes if i in walk]
         if not own:
             continue
-        known = RULES.get(node.target)
-        if known is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            known = pointwise
         try:
-            if known is None or node.op == "output":
-                raise UnknownOperation("ends the sequence")
-            walk.layouts[node] = known(walk, node)
+            walk.layouts[node] = rule_of(node)(walk, node)
             if node.target is aten.select.int and node in walk.edits:
-                axis = walk[own[0]][node.args[1]][0]  # type: ignore[index]
-                place = node.args[2] % axis.size  # type: ignore[operator]
+                axis = walk[own[0]][node.args[1]][0]
+                place = node.args[2] % axis.size
                 found.append(_positions(lay.cut(axis.runs, place, place + 1)))
         except UnknownOperation:
             layouts = [walk[i] for i in own if not isinstance(i.meta["val"], (list, tuple))]

@@ -11,9 +11,9 @@ from torch.fx.node import map_arg
 
 from idlefx import layouts as lay
 from idlefx import ops
-from idlefx.axes import Cut, Edit, Read, Resize, Walk, refuse
 from idlefx.graph import carries_tensors
 from idlefx.layouts import Dim, Runs
+from idlefx.walk import Cut, Edit, Read, Resize, Walk, refuse
 
 aten = torch.ops.aten
 
@@ -48,13 +48,13 @@ class Subset:
     """Which tokens are there, and where in the graph their positions are known.
 
     Attributes:
-        index: Node of the positions (B, n), ascending.
+        index: Node of the positions (B, n), ascending; None while it is only asked what could be cut.
         fixed: Positions that are always there.
         free: Positions of which some are there, chosen for each image.
         kept: How many of the free ones.
     """
 
-    index: fx.Node
+    index: fx.Node | None
     fixed: tuple[int, ...]
     free: tuple[int, ...]
     kept: int
@@ -165,17 +165,21 @@ class Rebuilder:
             for _ in range(edit.rank - len(table.meta["val"].shape)):
                 table = emit(self.graph, aten.unsqueeze.default, table, 0, name=f"{self.prefix}table", like=node)
             for dim, runs in edit.dims:
-                table = emit(
-                    self.graph, ops.take_tokens, table, self._index(node, runs), dim, edit.batch_dim,
-                    name=f"{self.prefix}read", like=node,
-                )  # fmt: skip
+                index = self._index(node, runs)
+                if edit.copies > 1:
+                    name = f"{self.prefix}copies"
+                    index = emit(
+                        self.graph, aten.repeat_interleave.self_int, index, edit.copies, 0, name=name, like=node
+                    )
+                where = (table, index, dim, edit.batch_dim)
+                table = emit(self.graph, ops.take_tokens, *where, name=f"{self.prefix}read", like=node)
             self._reads[key] = table
         return self._reads[key]
 
     def _index(self, node: fx.Node, runs: Runs) -> fx.Node:
         """Where the tokens that are there stand along an axis made of `runs`, (B, n)."""
         subset = self.subset
-        assert subset is not None
+        assert subset is not None and subset.index is not None
         total = len(subset.fixed) + subset.kept
         parts, offset = [], 0
         for start, stop in runs:

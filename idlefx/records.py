@@ -17,17 +17,17 @@ class Block:
         entry: Node of the residual stream entering the block.
         exit: Node of the residual stream leaving it.
         cores: The attention nodes inside; parallel branches have several.
-        tokens: N, tokens in the sequence.
-        token_dim: Which dimension of the stream the tokens stand in.
-        batch_dim: Which dimension of the stream the batch stands in.
-        prefix: Positions of the prefix tokens, which are always kept.
-        class_token: Position of the class token, if the head reads one.
         width: C, features of a token.
         heads: H, attention heads of one core.
         head_width: D, features of a head.
         attention: How the attention is spelled.
         macs: Multiply-adds of the block for one image.
         parameters: Parameters that the block reads.
+        tokens: N, tokens in the sequence; 0 where the token axis could not be followed.
+        token_dim: Which dimension of the stream the tokens stand in.
+        batch_dim: Which dimension of the stream the batch stands in.
+        prefix: Positions of the prefix tokens, which are always kept.
+        class_token: Position of the class token, if the head reads one.
         affine: Whether queries and keys are affine in the normalised input, so that scores are nearly free.
         refusal: Why the block cannot idle; empty if it can.
     """
@@ -37,17 +37,17 @@ class Block:
     entry: str
     exit: str
     cores: tuple[str, ...]
-    tokens: int
-    token_dim: int
-    batch_dim: int
-    prefix: tuple[int, ...]
-    class_token: int | None
     width: int
     heads: int
     head_width: int
     attention: str
-    macs: int = 0
-    parameters: int = 0
+    macs: int
+    parameters: int
+    tokens: int = 0
+    token_dim: int = 1
+    batch_dim: int = 0
+    prefix: tuple[int, ...] = ()
+    class_token: int | None = None
     affine: bool = False
     refusal: str = ""
 

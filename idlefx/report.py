@@ -59,7 +59,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            (b.block, b.path or "-", f"{b.kept} of {b.tokens}" if b.tokens else "-", f"{b.dense_gmacs:.3f}",
+            (str(b.block), b.path or "-", f"{b.kept} of {b.tokens}" if b.tokens else "-", f"{b.dense_gmacs:.3f}",
              f"{b.idle_gmacs:.3f}", f"{b.choosing_gmacs:.4f}", _millions(b.parameters))
             for b in self.blocks
         ]  # fmt: skip

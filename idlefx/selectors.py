@@ -99,6 +99,6 @@ def random(x: Tensor, block: int) -> Tensor:
     return noise.to(torch.float64).expand(x.shape[0], -1)
 
 
-_BUILT_IN = {"class": logits, "mean": logits, "norm": norm, "random": random}
+_BUILT_IN: dict[str, Callable[..., Tensor]] = {"class": logits, "mean": logits, "norm": norm, "random": random}
 for _name, _function in _BUILT_IN.items():
     register(_name, _function)

@@ -5,8 +5,9 @@ with an empty plan it changes nothing but the spelling of attention. Nodes it ad
 may be run on any module that `idlefx.frontend` captured, and is checked by the runner in `idlefx.pipeline`.
 """
 
-from idlefx.passes.idle import idle
-from idlefx.passes.normalize import normalize
-from idlefx.passes.select import select
+from idlefx.passes.idle import idle_tokens
+from idlefx.passes.lower import lower_spellings
+from idlefx.passes.normalize import normalize_attention
+from idlefx.passes.select import select_tokens
 
-__all__ = ["idle", "normalize", "select"]
+__all__ = ["idle_tokens", "lower_spellings", "normalize_attention", "select_tokens"]

@@ -4,19 +4,19 @@
 2. The block is copied onto them. What it reads by token position is taken at the same positions, and every size
    that counts tokens is written anew, both as `axes` proved them.
 3. The result is put back into the stream: `idle_<block>_scatter` stands for the block's exit everywhere.
-4. The dense block is removed.
+4. The dense blocks are removed, once all are rewritten: until then the positions of the others look unread.
 """
 
 from torch import fx
 
 from idlefx import ops
 from idlefx.blocks import Opened, open_block
-from idlefx.graph import by_name
+from idlefx.graph import by_name, remove_dead
 from idlefx.rebuild import Rebuilder, Subset, emit
 from idlefx.records import Block, Plan, Step
 
 
-def idle(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+def idle_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite the blocks of the plan; their heads must be there (`select`)."""
     # From the last to the first, so that a block's entry is still the node that the table names.
     for step in reversed([step for step in plan if step.idles]):
@@ -25,7 +25,7 @@ def idle(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         with module.graph.inserting_before(opened.exit):
             scatter = _work(module.graph, block, opened, step)
         opened.exit.replace_all_uses_with(scatter)
-        _remove(module.graph, opened)
+    remove_dead(module.graph)
     return module
 
 
@@ -37,11 +37,3 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
     chosen = Subset(index, block.prefix, block.image_positions, step.kept)
     worked = Rebuilder(graph, opened.walk, chosen, {entry: gathered}, name)(opened.exit)
     return emit(graph, ops.put_tokens, entry, index, worked, *dims, name=f"{name}scatter", like=like)
-
-
-def _remove(graph: fx.Graph, opened: Opened) -> None:
-    doomed = set(opened.nodes)
-    sizes = [n for n in graph.nodes if n not in doomed and n.op == "call_function" and not n.users]
-    for node in [*reversed(sizes), *reversed(opened.nodes)]:
-        if not node.users and any(i in doomed for i in [node, *node.all_input_nodes]):
-            graph.erase_node(node)

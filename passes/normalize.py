@@ -9,20 +9,21 @@ import torch
 from torch import fx
 
 from idlefx.anchors import Spelling, match
+from idlefx.graph import remove_dead
 from idlefx.rebuild import emit
 from idlefx.records import Plan
 
 aten = torch.ops.aten
 
 
-def normalize(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+def normalize_attention(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite hand-written attention; the plan does not matter."""
     del plan
     found = [spelling for node in module.graph.nodes if (spelling := match(node)) is not None]
     for spelling in found:
         _rewrite(module.graph, spelling)
     if found:
-        module.graph.eliminate_dead_code()
+        remove_dead(module.graph)
     return module
 
 

@@ -13,7 +13,7 @@ from idlefx.rebuild import emit
 from idlefx.records import Plan
 
 
-def select(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Insert the selector heads of the plan."""
     graph = module.graph
     for step in plan:

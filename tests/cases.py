@@ -38,7 +38,8 @@ def listed(keep: float | tuple[float, ...]) -> float | list[float]:
 
 
 def convert(model: torch.nn.Module, case: Case, **options: Any) -> Any:
-    options = {"example_inputs": images(model, 2, seed=99)} | options
+    if "example_inputs" not in options:
+        options["example_inputs"] = images(model, 2, seed=99)
     with torch.enable_grad():
         return idlefx.convert(
             model,

@@ -1,0 +1,254 @@
+"""The models of the compatibility table: every way a library builds a Vision Transformer, small and random."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DEPTH = 3
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the table.
+
+    Attributes:
+        label: What the table calls it.
+        family: The library, and the file or class in it.
+        build: Makes it, untrained.
+        blocks: How many blocks it has.
+        refused: What the reasons of those that cannot idle say, a regular expression; empty where all can.
+        inputs: Keyword inputs of a batch; guessed from the model if None.
+        quick: Whether it is part of the shrunk table.
+    """
+
+    label: str
+    family: str
+    build: Callable[[], nn.Module]
+    blocks: int = DEPTH
+    refused: str = ""
+    inputs: Callable[[int], Inputs] | None = None
+    quick: bool = False
+
+    def make(self) -> nn.Module:
+        """The model with random parameters, in evaluation mode."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.build()
+        return randomise(model).eval()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> nn.Module:
+    """Give every parameter a value that matters, with activations of order one."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim > 2 and parameter.shape[0] == 1:  # class tokens, registers, position embeddings
+            parameter.copy_(0.5 * noise)
+        elif parameter.ndim > 1:
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        elif parameter.numel() > 1 and not parameter.any():
+            parameter.copy_(0.2 * noise)
+        elif parameter.numel() > 1:
+            parameter.copy_(0.8 + 0.2 * noise)
+    return model
+
+
+
+WIDTH = {"embed_dim": 48, "depth": DEPTH, "num_heads": 3, "num_classes": 7}
+SMALL = {**WIDTH, "img_size": 40, "patch_size": 8}
+FLEXIBLE = {**WIDTH, "patch_size": 8}
+STEM = {**WIDTH, "img_size": 96}
+LANGUAGE = {**SMALL, "img_size": 48}  # encoders of language models merge neighbouring patches in the end
+GEMMA = {**LANGUAGE, "head_dim": 16, "intermediate_size": 96, "position_embedding_size": 64}
+SAPIENS = {**SMALL, "embed_dim": 64, "num_heads": 4, "num_kv_heads": (4, 2, 4)}
+SAM = {**SMALL, "depth": 4, "img_size": 64, "window_size": 3, "global_attn_indexes": (1, 3)}
+WINDOWS = "window|grid of patches|dimensions instead of"
+
+TIMM: dict[str, tuple[Mapping[str, Any], str]] = {
+    "vision_transformer": (
+        SMALL,
+        "vit_tiny_patch16_224 vit_base_patch16_224_miil aimv2_1b_patch14_224 beit3_base_patch16_224 "
+        "eva_large_patch14_196 flexivit_small test_vit test_vit2 test_vit3 test_vit4 vit_base_patch14_dinov2 "
+        "vit_base_patch14_reg1_tipsv2 vit_small_patch14_reg4_dinov2 vit_small_patch16_18x2_224 "
+        "vit_base_patch32_clip_224 vit_base_patch32_clip_quickgelu_224 vit_base_patch16_gap_224 "
+        "vit_base_patch16_radio_v3 vit_little_patch16_reg4_gap_256 vit_base_patch16_rpn_224 "
+        "vit_base_patch16_siglip_224 vit_base_patch16_xp_224 vit_base_patch32_siglip_256 "
+        "vit_base_patch32_siglip_gap_256 vit_medium_patch16_gap_256 vit_wee_patch16_reg1_gap_256 "
+        "vit_dwee_patch16_reg1_gap_256 vit_dpwee_patch16_reg1_gap_256 vit_giant_patch14_dinov2 "
+        "vit_giant_patch14_reg1_tipsv2 vit_giant_patch14_reg4_dinov2 vit_so400m_patch16_radio_v4 "
+        "vit_intern300m_patch14_448 vit_pwee_patch16_reg1_gap_256 vit_so150m2_patch16_reg1_gap_256 "
+        "vit_so150m_patch16_reg4_gap_256 vit_so150m_patch16_reg4_map_256",
+    ),
+    "deit": (SMALL, "deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224"),
+    "beit": (SMALL, "beit_base_patch16_224 beitv2_base_patch16_224"),
+    "eva": (
+        SMALL,
+        "eva02_base_patch14_224 eva02_base_patch16_clip_224 eva02_enormous_patch14_clip_224 eva02_tiny_patch14_224 "
+        "eva_giant_patch14_224 eva_giant_patch14_clip_224 vit_7b_patch16_dinov3 vit_small_patch16_dinov3 "
+        "vit_small_patch16_dinov3_qkvb vit_small_plus_patch16_dinov3 vit_small_plus_patch16_dinov3_qkvb "
+        "vit_small_patch16_lingbot vit_giant_patch16_lingbot vit_base_patch16_rope_224 vit_small_patch16_rope_224 "
+        "vit_small_patch16_rope_ape_224 vit_small_patch16_rope_mixed_224 vit_small_patch16_rope_mixed_ape_224 "
+        "vit_medium_patch16_rope_reg1_gap_256 vit_mediumd_patch16_rope_reg1_gap_256 "
+        "vit_betwixt_patch16_rope_reg4_gap_256 vit_pe_core_tiny_patch16_384 vit_pe_core_gigantic_patch14_448 "
+        "vit_pe_lang_gigantic_patch14_448 vit_pe_lang_large_patch14_448 vit_pe_spatial_tiny_patch16_512",
+    ),
+    "eva ": (SAPIENS, "vit_base_patch16_sapiens2"),
+    "vision_transformer_relpos": (
+        SMALL,
+        "vit_relpos_small_patch16_224 vit_relpos_base_patch16_cls_224 vit_relpos_base_patch16_clsgap_224 "
+        "vit_relpos_base_patch16_plus_240 vit_relpos_small_patch16_rpn_224 vit_relpos_base_patch32_plus_rpn_256 "
+        "vit_relpos_medium_patch16_cls_224 vit_srelpos_medium_patch16_224 vit_srelpos_small_patch16_224",
+    ),
+    "vision_transformer_hybrid": (
+        STEM,
+        "vit_small_r26_s32_224 vit_base_r50_s16_224 vit_small_resnet26d_224 vit_small_resnet50d_s16_224",
+    ),
+    "vision_transformer_hybrid ": ({**WIDTH, "img_size": 64, "patch_size": 1}, "vit_tiny_r_s16_p8_224"),
+    "vision_transformer_hybrid  ": ({**WIDTH, "img_size": 64, "embed_dim": 768}, "vit_base_mci_224"),
+    "naflexvit": (
+        FLEXIBLE,
+        "naflexvit_base_patch16_gap naflexvit_base_patch16_par_gap naflexvit_base_patch16_parfac_gap "
+        "naflexvit_base_patch16_map naflexvit_so150m2_patch16_reg1_gap naflexvit_so150m2_patch16_reg1_map "
+        "naflexvit_base_patch16_siglip naflexvit_base_patch16_radio_v3 naflexvit_large_patch16_radio_v3 "
+        "naflexvit_so400m_patch16_radio_v4",
+    ),
+    "gemma4_vit": (GEMMA, "gemma4_vit_167m gemma4_vit_570m gemma4_vit_167m_enc"),
+    "deepseek_vit": ({**LANGUAGE, "mlp_ratio": 2.0}, "deepseek_vit_412m deepseek_vit_412m_enc"),
+    "qwen3_vit": ({**LANGUAGE, "pos_embed_grid_size": 6}, "qwen3_vit_88m qwen3_vit_88m_merge qwen3_vit_88m_enc"),
+}
+
+
+def timm_model(name: str, options: Mapping[str, Any], *, fused: bool = True) -> nn.Module:
+    """A timm model; `fused=False` writes its attention as matmul, softmax, matmul."""
+    import timm
+
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(fused)
+    try:
+        model: nn.Module = timm.create_model(name, **options)
+    finally:
+        timm.layers.set_fused_attn(bool(before))
+    return model
+
+
+def _vitamin(name: str) -> nn.Module:
+    from timm.models.vitamin import VitCfg, VitConvCfg
+
+    stem = VitCfg(
+        embed_dim=(16, 32, 48), depths=(1, 1, 1), stem_width=16, head_type="1d",
+        conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6),
+    )  # fmt: skip
+    return timm_model(name, {**WIDTH, "img_size": 64, "embed_cfg": stem})
+
+
+def _timm_entries() -> Iterator[Entry]:
+    for family, (options, names) in TIMM.items():
+        for name in names.split():
+            given = {k: v for k, v in options.items() if k != "num_classes" or not name.endswith("_enc")}
+            yield Entry(name, f"timm {family.strip()}", partial(timm_model, name, given))
+    for name in UNFUSED.split():
+        yield Entry(f"{name}, unfused", "timm", partial(timm_model, name, SMALL, fused=False))
+    for name in ("vitamin_small_224", "vitamin_xlarge_256"):
+        yield Entry(name, "timm vitamin", partial(_vitamin, name))
+    sam = "timm vision_transformer_sam"
+    yield Entry("samvit_base_patch16_224", sam, partial(timm_model, "samvit_base_patch16_224", SAM), 4, WINDOWS)
+    yield Entry("samvit_base_patch16", sam, partial(timm_model, "samvit_base_patch16", {**SAM, "num_classes": 0}), 4, WINDOWS)
+    yield Entry("cait_xxs24_224", "timm cait", partial(timm_model, "cait_xxs24_224", SMALL))
+
+
+UNFUSED = (
+    "vit_tiny_patch16_224 vit_medium_patch16_gap_256 vit_small_patch16_18x2_224 vit_dwee_patch16_reg1_gap_256 "
+    "vit_base_patch16_xp_224 beit_base_patch16_224 eva02_tiny_patch14_224 vit_small_patch16_rope_mixed_224 "
+    "vit_relpos_small_patch16_224 vit_relpos_base_patch16_cls_224"
+)
+
+
+def _torchvision() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(40, 8, DEPTH, 3, 48, 96, num_classes=7)
+
+
+FACE = {
+    "hidden_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 96,
+    "image_size": 40, "patch_size": 8,
+}  # fmt: skip
+
+
+def hugging_face(name: str, options: Mapping[str, Any], attention: str) -> nn.Module:
+    """A Hugging Face model of that class."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    model: nn.Module = kind(kind.config_class(**{**FACE, **options, "attn_implementation": attention}))
+    return model
+
+
+def _with_noise(batch: int) -> Inputs:
+    return {"pixel_values": _image(batch), "noise": torch.rand(batch, 25)}
+
+
+def _image(batch: int, side: int = 40) -> Tensor:
+    return torch.randn(batch, 3, 1, 1) + torch.randn(batch, 3, side, side)
+
+
+def _patches(batch: int) -> Inputs:
+    return {
+        "pixel_values": torch.randn(batch, 1, 1) + torch.randn(batch, 25, 3 * 64),
+        "pixel_attention_mask": torch.ones(batch, 25, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[5, 5]] * batch),
+    }
+
+
+BOTH = ("sdpa", "eager")
+HUGGING_FACE: tuple[tuple[str, str, Mapping[str, Any], Any], ...] = (
+    ("ViT", "ViTModel", {}, None),
+    ("ViT, classifier", "ViTForImageClassification", {}, None),
+    ("DeiT", "DeiTModel", {}, None),
+    ("DeiT, with teacher", "DeiTForImageClassificationWithTeacher", {}, None),
+    ("BEiT", "BeitModel", {"use_relative_position_bias": True}, None),
+    ("BEiT, shared bias", "BeitForImageClassification", {"use_shared_relative_position_bias": True}, None),
+    ("Data2Vec", "Data2VecVisionModel", {"use_relative_position_bias": True}, None),
+    ("DINOv2", "Dinov2Model", {}, None),
+    ("DINOv2, SwiGLU", "Dinov2ForImageClassification", {"use_swiglu_ffn": True}, None),
+    ("DINOv2, backbone", "Dinov2Backbone", {"out_indices": [1, 3]}, None),
+    ("DINOv2, registers", "Dinov2WithRegistersModel", {}, None),
+    ("DINOv3", "DINOv3ViTModel", {"num_register_tokens": 4}, None),
+    ("DINOv3, gated", "DINOv3ViTModel", {"num_register_tokens": 4, "use_gated_mlp": True}, None),
+    ("CLIP vision", "CLIPVisionModel", {}, None),
+    ("CLIP vision, projection", "CLIPVisionModelWithProjection", {}, None),
+    ("MetaCLIP 2 vision", "MetaClip2VisionModel", {}, None),
+    ("SigLIP vision", "SiglipVisionModel", {}, None),
+    ("SigLIP2 vision", "Siglip2VisionModel", {"num_patches": 25}, _patches),
+    ("I-JEPA", "IJepaModel", {}, None),
+    ("ViT-MAE encoder", "ViTMAEModel", {"mask_ratio": 0.0}, _with_noise),
+    ("ViT-MSN", "ViTMSNModel", {}, None),
+    ("DPT backbone", "DPTModel", {"backbone_out_indices": [0, 1, 2, 2]}, None),
+    ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, None),
+    ("AIMv2", "Aimv2VisionModel", {}, None),
+    ("TIPSv2", "Tipsv2VisionModel", {}, None),
+    ("Sapiens2", "Sapiens2Model", {}, None),
+    ("InternVL vision", "InternVLVisionModel", {"image_size": [40, 40], "patch_size": [8, 8]}, None),
+)
+
+
+def _hugging_face_entries() -> Iterator[Entry]:
+    for label, name, options, inputs in HUGGING_FACE:
+        for attention in BOTH:
+            build = partial(hugging_face, name, options, attention)
+            yield Entry(f"{label}, {attention}", f"transformers {name}", build, inputs=inputs)
+
+
+def entries() -> list[Entry]:
+    """All models of the table."""
+    return [
+        *_timm_entries(),
+        Entry("VisionTransformer", "torchvision", _torchvision),
+        *_hugging_face_entries(),
+    ]

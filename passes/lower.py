@@ -1,0 +1,149 @@
+"""Write operations that say several things at once as operations that say one.
+
+1. `einsum` of two operands becomes a matrix product between permutations.
+2. `baddbmm` becomes a batched product and a sum.
+3. An operation that overwrites a tensor nobody else holds becomes the one that makes a new tensor.
+4. An attention mask that masks nothing, and that no input decides, is left out: with a mask, fast attention is.
+5. What does not fit these rules stays, for `axes` to accept or to refuse.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from idlefx import layouts as lay
+from idlefx.graph import Call, remove_dead
+from idlefx.rebuild import emit
+from idlefx.records import Plan
+
+aten = torch.ops.aten
+
+
+def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Rewrite what has a simpler spelling; the plan does not matter."""
+    del plan
+    graph = module.graph
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            if node.target is aten.einsum.default:
+                _replace(node, _product(graph, node))
+            elif node.target is aten.baddbmm.default:
+                _replace(node, _product_and_sum(graph, node))
+            elif node.target is aten.scaled_dot_product_attention.default:
+                _drop_idle_mask(module, node)
+            else:
+                _replace(node, _out_of_place(graph, node))
+    remove_dead(graph)
+    return module
+
+
+def _replace(node: fx.Node, new: fx.Node | None) -> None:
+    if new is not None:
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)
+
+
+def _product(graph: fx.Graph, node: Call) -> fx.Node | None:
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    if len(operands) != 2 or "." in equation:
+        return None
+    inputs, _, output = equation.partition("->")
+    a, b = inputs.split(",")
+    if "->" not in equation:
+        output = "".join(sorted(c for c in a + b if (a + b).count(c) == 1))
+    if len(set(a)) < len(a) or len(set(b)) < len(b) or any(c not in output for c in set(a) ^ set(b)):
+        return None
+    stack = [c for c in output if c in a and c in b]
+    summed = [c for c in a if c in b and c not in output]
+    left, right = [c for c in a if c not in b], [c for c in b if c not in a]
+    if not (summed and left and right) or (stack and (len(left) > 1 or len(right) > 1)):
+        return None
+
+    def arranged(operand: fx.Node, have: str, want: list[str], merge: list[str]) -> fx.Node:
+        order = [have.index(c) for c in want]
+        if order != sorted(order):
+            operand = emit(graph, aten.permute.default, operand, order, name="einsum_order", like=node)
+        if len(merge) > 1:
+            first = want.index(merge[0])
+            ends = (first, first + len(merge) - 1)
+            operand = emit(graph, aten.flatten.using_ints, operand, *ends, name="einsum_merge", like=node)
+        return operand
+
+    widths = [lay.sizes(operands[1].meta["val"])[b.index(c)] for c in right]
+    first = arranged(operands[0], a, [*stack, *left, *summed], summed)
+    second = arranged(operands[1], b, [*stack, *summed, *right], summed)
+    if len(right) > 1:
+        second = emit(graph, aten.flatten.using_ints, second, 1, len(right), name="einsum_merge", like=node)
+    found = emit(graph, aten.matmul.default, first, second, name="einsum_product", like=node)
+    if len(right) > 1:
+        found = emit(graph, aten.unflatten.int, found, len(left), widths, name="einsum_split", like=node)
+    have = "".join([*stack, *left, *right])
+    return arranged(found, have, list(output), [])
+
+
+def _product_and_sum(graph: fx.Graph, node: Call) -> fx.Node:
+    bias, a, b = node.args[:3]
+    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    found = emit(graph, aten.bmm.default, a, b, name="product", like=node)
+    if alpha != 1:
+        found = emit(graph, aten.mul.Tensor, found, alpha, name="scaled", like=node)
+    if beta == 0:
+        return found
+    if beta != 1:
+        bias = emit(graph, aten.mul.Tensor, bias, beta, name="scaled", like=node)
+    return emit(graph, aten.add.Tensor, found, bias, name="sum", like=node)
+
+
+def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not schema.name.endswith("_"):
+        return None
+    packet = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
+    pure = getattr(packet, schema.overload_name or "default", None)
+    target = node.args[0]
+    if pure is None or target.op != "call_function" or _is_view(target):
+        return None
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    if any(_is_view(user) and order[user] < order[node] for user in target.users):
+        return None
+    found = emit(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **node.kwargs)
+    later = [user for user in target.users if order.get(user, -1) > order[node]]
+    for user in later:
+        user.replace_input_with(target, found)
+    return found
+
+
+def _is_view(node: Call) -> bool:
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and any(a.alias_info for a in schema.arguments)
+
+
+def _drop_idle_mask(module: fx.GraphModule, node: Call) -> None:
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    if not isinstance(mask, fx.Node):
+        return
+    value = _constant(module, mask)
+    idle = value is not None and bool(value.all() if value.dtype == torch.bool else (value == 0).all())
+    if idle:
+        node.args = (*node.args[:3], None, *node.args[4:])
+        node.kwargs = {key: arg for key, arg in node.kwargs.items() if key != "attn_mask"}
+
+
+def _constant(module: fx.GraphModule, node: Call) -> Any:
+    """The value of a node that only sizes decide, for a batch of two; None if an input or a parameter does."""
+    order, stack = list[Call](), [node]
+    while stack:
+        current = stack.pop()
+        if not isinstance(current.meta.get("val"), torch.Tensor):
+            continue  # a size: the batch is two
+        if current.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ()):
+            return None
+        order.append(current)
+        stack += current.all_input_nodes
+    values: dict[Call, Any] = {}
+    for current in sorted(set(order), key=list(module.graph.nodes).index):
+        args, kwargs = map_arg((current.args, current.kwargs), lambda n: values[n] if n in values else lay.number(n, 2))
+        values[current] = current.target(*args, **kwargs)
+    return values[node]

@@ -1,0 +1,148 @@
+"""Token idling of the models in `generated`, in eager PyTorch: idle tokens are hidden as keys and keep their value.
+
+Every token runs through every block, so nothing is gathered and no position is ever looked up anew: a working
+token attends to the working tokens, at the places where they always stood, and an idle one is put back as it was.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from generated import MULTIHEAD, TOKENS_BEFORE_HEADS, Attention, Block, ViT
+from torch import Tensor
+
+
+class Result(NamedTuple):
+    """What the model returns, the positions that worked in each block, the narrowest choice.
+
+    Shapes:
+        selected: (B, P + K) for each idling block.
+        margin: distance between the last score kept and the first one left, in standard deviations.
+    """
+
+    output: Any
+    selected: dict[int, Tensor]
+    margin: float
+
+
+def heads_of(attention: Attention, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, N, D) of tokens (B, N, C)."""
+    if attention.config.core in MULTIHEAD:
+        inner = attention.attention
+        inputs = (x, x, x) if positions is None else (x + positions, x + positions, x)
+        parts = zip(inputs, inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3), strict=True)
+        flat = [F.linear(given, weight, bias) for given, weight, bias in parts]
+        return tuple(y.view(*y.shape[:2], inner.num_heads, -1).transpose(1, 2) for y in flat)
+    q, k, v = attention.project(x, positions)
+    if attention.config.core in TOKENS_BEFORE_HEADS:
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    each = q.shape[1] // k.shape[1]
+    return q, k.repeat_interleave(each, 1), v.repeat_interleave(each, 1)
+
+
+def attend(
+    attention: Attention, x: Tensor, positions: Tensor | None, valid: Tensor | None, works: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The attention among the working tokens (B, N), with the queries and keys of all (B, H, N, D)."""
+    first = attention.config.tokens_first
+    x, positions = (y.transpose(0, 1) if first and y is not None else y for y in (x, positions))
+    q, k, v = heads_of(attention, x, positions)
+    scale = attention.temperature.exp() if attention.config.scale == "learned" else attention.scale
+    logits = q @ k.transpose(-2, -1) * scale
+    bias, seen = attention.bias(), attention.seen_keys(x.shape[1], valid)
+    logits = attention.talk(logits if bias is None else logits + bias, attention.before)
+    logits = logits if attention.added is None else logits + attention.added
+    seen = works[:, None, None] if seen is None else works[:, None, None] & seen
+    weights = attention.talk(logits.masked_fill(~seen, -math.inf).softmax(-1), attention.after)
+    out = (weights @ v).transpose(1, 2).flatten(2)
+    out = attention.attention.out_proj(out) if attention.config.core in MULTIHEAD else attention.out(out)
+    return (out.transpose(0, 1) if first else out), q, k
+
+
+def attention_scores(q: Tensor, k: Tensor, prefix: tuple[int, ...], class_position: int | None) -> Tensor:
+    """Mean over heads of the logit each token receives from the class query or the mean image query, (B, N)."""
+    image = [p for p in range(q.shape[2]) if p not in prefix]
+    query = q[:, :, image].mean(2) if class_position is None else q[:, :, class_position]
+    return (query[:, :, None] * k).sum(-1).mean(1)
+
+
+def choose(scores: Tensor, kept: int, prefix: tuple[int, ...]) -> tuple[Tensor, float]:
+    """Who works (B, N): the prefix and the best image tokens, the lower position first; and the margin."""
+    image = torch.tensor([p for p in range(scores.shape[1]) if p not in prefix])
+    ordered, order = scores[:, image].sort(dim=1, descending=True, stable=True)
+    works = torch.zeros_like(scores, dtype=torch.bool)
+    works[:, list(prefix)] = True
+    works.scatter_(1, image[order[:, :kept]], True)
+    if kept == len(image):
+        return works, math.inf
+    margin = (ordered[:, kept - 1] - ordered[:, kept]) / ordered.std(dim=1)
+    return works, margin.min().item()
+
+
+def idle_unit(
+    unit: Callable[[Tensor], Tensor],
+    block: Block,
+    x: Tensor,
+    kept: int | None,
+    prefix: tuple[int, ...],
+    class_position: int | None,
+) -> tuple[Tensor, Tensor, float]:
+    """Run a unit of the model, which holds the attention of `block`, with all but the chosen tokens idle."""
+    first = block.config.tokens_first
+    everyone = torch.ones(x.shape[:2][::-1] if first else x.shape[:2], dtype=torch.bool)
+
+    def run(works: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        seen = []
+
+        def forward(attention: Attention) -> Callable[..., Tensor]:
+            def forward_working(y: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
+                out, q, k = attend(attention, y, positions, valid, works)
+                seen.append((q, k))
+                return out
+
+            return forward_working
+
+        with ExitStack() as stack:
+            for attention in block.attentions:
+                stack.enter_context(patch.object(attention, "forward", forward(attention)))
+            return unit(x.clone()), seen
+
+    dense, seen = run(everyone)
+    if kept is None:
+        return dense, everyone, math.inf
+    queries, keys = zip(*seen, strict=True)
+    scores = attention_scores(torch.cat(queries, 1), torch.cat(keys, 1), prefix, class_position)
+    works, margin = choose(scores, kept, prefix)
+    worked, _ = run(works)
+    return torch.where((works.t() if first else works)[..., None], worked, x), works, margin
+
+
+@torch.no_grad()
+def run(model: ViT, plan: Mapping[int, int | None], inputs: tuple[Tensor, ...]) -> Result:
+    """Run the model with the blocks of the plan idling; a block that keeps None is run densely by this reference."""
+    config, selected, margins = model.config, {}, []
+
+    def through(index: int, x: Tensor, context: tuple[Tensor | None, ...]) -> Tensor:
+        block = model.blocks[index]
+        if config.block == "mlp_first":
+            # The graph shows no difference between an MLP that opens a block and one that closes the block before.
+            following = model.blocks[index + 1].feed if index + 1 < config.depth else torch.nn.Identity()
+            x = block.feed(x) if index == 0 else x
+            unit = lambda y: following(block.attend(y, *context))  # noqa: E731
+        else:
+            unit = lambda y: block(y, *context)  # noqa: E731
+        if index not in plan:
+            return unit(x)
+        x, works, margin = idle_unit(unit, block, x, plan[index], config.prefix_at(index), config.class_at(index))
+        margins.append(margin)
+        if plan[index] is not None:
+            selected[index] = works.nonzero()[:, 1].view(len(works), -1)
+        return x
+
+    with patch.object(model, "through", through):
+        output = model(*inputs)
+    return Result(output, selected, min(margins, default=math.inf))
