@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 from idlefx import layouts as lay
 from idlefx import ops
-from idlefx.graph import carries_tensors
+from idlefx.graph import carries_tensors, example_value
 from idlefx.layouts import Dim, Runs
 from idlefx.walk import Cut, Edit, Read, Resize, Walk, refuse
 
@@ -22,25 +22,8 @@ def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, name: str, lik
     """Insert a call at the graph's insertion point, its value inferred and its origin taken from `like`."""
     node = graph.create_node("call_function", target, args, kwargs, name=name)
     node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "idlefx")}
-    infer(node)
+    node.meta["val"] = example_value(node)
     return node
-
-
-def infer(node: fx.Node) -> None:
-    """Record the example value of a call, computed from those of its inputs."""
-    mode = next(
-        mode
-        for other in node.graph.nodes
-        if isinstance(other.meta.get("val"), torch.Tensor) and (mode := getattr(other.meta["val"], "fake_mode", None))
-    )
-    args, kwargs = map_arg((node.args, node.kwargs), _example)
-    target: Any = node.target
-    with mode, torch.no_grad():
-        node.meta["val"] = target(*args, **kwargs)
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta["val"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from idlefx.errors import PassError
-from idlefx.graph import output_of, placeholders
+from idlefx.graph import example_value, output_of, placeholders
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,9 @@ def verify(module: fx.GraphModule, before: Promise, name: str) -> None:
 
 def _check_value(node: fx.Node, name: str) -> None:
     """A node's recorded value must be what its inputs' recorded values give, as later passes rely on it."""
-    recorded = node.meta.get("val")
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    mode = next((m for t in tree_leaves((args, recorded)) if (m := getattr(t, "fake_mode", None)) is not None), None)
-    if mode is None:
-        return
-    target: Any = node.target
     try:
-        with mode, torch.no_grad():
-            found = target(*args, **kwargs)
+        found = example_value(node)
     except Exception as error:
         raise PassError(f"in pass {name}: `{node.name}` = {node.target} does not run: {error}") from error
-    if [_kind(v) for v in tree_leaves(found)] != [_kind(v) for v in tree_leaves(recorded)]:
+    if [_kind(v) for v in tree_leaves(found)] != [_kind(v) for v in tree_leaves(node.meta.get("val"))]:
         raise PassError(f"in pass {name}: `{node.name}` = {node.target} has a stale value")

@@ -1,7 +1,7 @@
 """The models of the compatibility table: every way a library builds a Vision Transformer, small and random."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 

@@ -138,6 +138,9 @@ class Config:
         """The class token that a block sees."""
         return self.class_position if self.prefix_at(block) else None
 
+    def can_idle(self, block: int) -> bool:
+        return self.unfit == "none" or block != 1
+
     def normalised(self) -> "Config":
         """The nearest config whose parts fit together."""
         c, none = self, "none"
@@ -174,9 +177,6 @@ class Config:
             c = replace(c, projection="separate")
         if c.head_width % 2:
             c = replace(c, rotary=none)
-        if c.block == "mlp_first":
-            c = replace(c, outputs="dict" if c.outputs in ("features", "skips") else c.outputs, shared=False)
-            c = replace(c, positions="learned" if c.positions == "inside" else c.positions)
         if c.block == "post" and c.norm == none:
             c = replace(c, norm="layer")
         if c.head == "dense" and c.outputs == "features":

@@ -128,13 +128,7 @@ def run(model: ViT, plan: Mapping[int, int | None], inputs: tuple[Tensor, ...]) 
 
     def through(index: int, x: Tensor, context: tuple[Tensor | None, ...]) -> Tensor:
         block = model.blocks[index]
-        if config.block == "mlp_first":
-            # The graph shows no difference between an MLP that opens a block and one that closes the block before.
-            following = model.blocks[index + 1].feed if index + 1 < config.depth else torch.nn.Identity()
-            x = block.feed(x) if index == 0 else x
-            unit = lambda y: following(block.attend(y, *context))  # noqa: E731
-        else:
-            unit = lambda y: block(y, *context)  # noqa: E731
+        unit = lambda y: block(y, *context)  # noqa: E731
         if index not in plan:
             return unit(x)
         x, works, margin = idle_unit(unit, block, x, plan[index], config.prefix_at(index), config.class_at(index))

@@ -1,0 +1,111 @@
+"""Any combination of spellings converts to what its eager reference computes, or is refused for a true reason.
+
+100 examples; 1,000 with `--hypothesis-profile=thorough`.
+"""
+
+import re
+from typing import Any
+
+import generated_reference
+import pytest
+import torch
+from cases import CLEAR_MARGIN, relative_error
+from generated import CHOICES, Config, build, inputs
+from hypothesis import assume, given, note
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+import idlefx
+from idlefx.module import selections
+
+WORKERS = 4  # parts of the examples, so that they can run side by side
+REASONS = {
+    "depthwise": r"(reshape|view|split|conv2d).*token",
+    "token_mean": r"mean.*token axis",
+    "token_norm": r"norm.*token axis",
+    "token_mlp": r"linear.*token axis",
+    "reduced_keys": r"(reshape|view|conv2d).*token",
+    "windows": r"(reshape|view).*token",
+}
+
+
+def configs() -> st.SearchStrategy[Config]:
+    """Configs whose parts fit together; most of them have no block that mixes tokens outside attention."""
+    options = {name: st.sampled_from(values) for name, values in CHOICES.items()}
+    options["unfit"] = st.sampled_from(("none",) * 12 + CHOICES["unfit"])
+    options["collision"] = st.sampled_from(("none",) * 4 + CHOICES["collision"])
+    return st.builds(Config, **options).map(Config.normalised)
+
+
+@st.composite
+def plans(draw: Any, config: Config) -> dict[int, float]:
+    """Keep ratios of some blocks that leave at least two image tokens working."""
+    fit = [block for block in range(config.depth) if config.can_idle(block)]
+    chosen = draw(st.lists(st.sampled_from(fit), min_size=1, unique=True))
+    return {block: draw(st.integers(15, 95)) / 100 for block in sorted(chosen)}
+
+
+def error_of(actual: Any, expected: Any) -> float:
+    """The largest relative error of any tensor in two outputs of one structure."""
+    (ours, structure), (theirs, wanted) = tree_flatten(actual), tree_flatten(expected)
+    assert structure == wanted
+    return max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor))
+
+
+def equal(actual: Any, expected: Any) -> bool:
+    (ours, structure), (theirs, wanted) = tree_flatten(actual), tree_flatten(expected)
+    return structure == wanted and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def convert(model: torch.nn.Module, config: Config, keep: dict[int, float]) -> Any:
+    return idlefx.convert(
+        model, list(keep), list(keep.values()), schedule="blocks", example_inputs=inputs(config, 2, seed=9)
+    )
+
+
+def check_table(blocks: idlefx.BlockTable, config: Config) -> None:
+    """What `inspect` says about the blocks."""
+    assert len(blocks) == config.depth, str(blocks)
+    for block in blocks:
+        if config.can_idle(block.index):
+            assert block.can_idle, block.refusal
+            found = (block.image_tokens, block.prefix, block.class_token)
+            assert found == (config.image_tokens, config.prefix_at(block.index), config.class_at(block.index))
+        else:
+            assert re.search(REASONS[config.unfit], block.refusal), block.refusal
+            assert "generated.py" in block.refusal, block.refusal
+
+
+def check(config: Config, keep: dict[int, float]) -> None:
+    """One model and one plan."""
+    model = build(config)
+    kept = {block: max(1, int(ratio * config.image_tokens + 1e-9)) for block, ratio in keep.items()}
+    x = inputs(config, 3, seed=1)
+    expected = generated_reference.run(model, kept, x)
+    assume(expected.margin > CLEAR_MARGIN)
+    with torch.no_grad():
+        dense = model(*x)
+    with torch.enable_grad():
+        idle = convert(model, config, keep)
+    check_table(idle.blocks, config)
+    with torch.no_grad():
+        chosen, actual = selections(idle, *x), idle(*x)
+    assert chosen.keys() == expected.selected.keys()
+    assert all(torch.equal(positions, expected.selected[block]) for block, positions in chosen.items())
+    assert error_of(actual, expected.output) <= 1e-5
+    with torch.no_grad():
+        assert equal(convert(model, config, dict.fromkeys(keep, 1.0))(*x), dense)
+    if config.unfit != "none":
+        with pytest.raises(idlefx.IdleFxError, match=REASONS[config.unfit]):
+            convert(model, config, {1: 0.5})
+
+
+@pytest.mark.parametrize("worker", range(WORKERS))
+@given(config=configs(), data=st.data())
+def test_converted_equals_reference_or_is_refused_truly(worker: int, config: Config, data: st.DataObject) -> None:
+    keep = data.draw(plans(config))
+    note(f"{config}, keep={keep}")
+    check(config, keep)
