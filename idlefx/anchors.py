@@ -1,14 +1,14 @@
 """What counts as attention: one matcher per spelling, each naming q, k, v, mask and scale."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from idlefx.graph import Call, value
+from idlefx.graph import Call, carries_tensors, value
 from idlefx.layouts import Layout
 
 aten = torch.ops.aten
@@ -129,29 +129,39 @@ class Core:
 
 def find_cores(graph: fx.Graph) -> list[Core]:
     """Every attention of a normalised graph, in graph order; those that stay spelled out with their map too."""
-    found = []
     nodes: list[Call] = list(graph.nodes)
+    data: set[Call] = set()
+    for node in nodes:
+        if carries_tensors(node) and (node.op == "placeholder" or any(i in data for i in node.all_input_nodes)):
+            data.add(node)
+    found = []
     for node in nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             name = node.meta.get("idlefx", {}).get("attention", "sdpa")
             found.append(Core(name, node, node.args[0], node.args[1]))
         elif node.target in (aten.softmax.int, aten._softmax.default):
-            core = _spelled_out(node)
-            found += [core] if core is not None else []
+            core = _spelled_out(node, data)
+            found += [core] if core is not None and core.out not in [c.out for c in found] else []
     return found
 
 
-def _spelled_out(softmax: Call) -> Core | None:
+def _spelled_out(softmax: Call, data: set[Call]) -> Core | None:
     """An attention whose map is worked on between its products, such as by mixing the heads."""
-    logits: Call = softmax.args[0]
-    while logits is not None and logits.target not in _PRODUCTS:
-        logits = logits.args[0] if logits.args and isinstance(logits.args[0], fx.Node) else None
-    weights: Call = softmax
-    while weights.target not in _PRODUCTS and len(weights.users) == 1:
-        user = next(iter(weights.users))
-        if user.op != "call_function" or user.args[0] is not weights:
-            return None
-        weights = user
-    if logits is None or weights.target not in _PRODUCTS:
+
+    def nearest(step: Callable[[Call], Iterable[Call]]) -> set[Call]:
+        """The products of image data that a walk from the softmax meets first."""
+        met, seen, stack = set(), set(), list(step(softmax))
+        while stack:
+            node = stack.pop()
+            if node.target in _PRODUCTS and all(operand in data for operand in node.args[:2]):
+                met.add(node)
+            elif node in data and node not in seen:
+                seen.add(node)
+                stack += step(node)
+        return met
+
+    before, after = nearest(lambda n: n.all_input_nodes), nearest(lambda n: n.users)
+    if len(before) != 1 or len(after) != 1:
         return None
-    return Core("spelled out", weights, logits.args[0], logits.args[1], transposed=True)
+    (logits,), (out,) = before, after
+    return Core("spelled out", out, logits.args[0], logits.args[1], transposed=True)

@@ -146,10 +146,15 @@ def _describe(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         batch_dim=batch_dim,
         prefix=positions,
         width=next(size for d, size in enumerate(stream) if d not in (token_dim, batch_dim)),
-        heads=lay.size(tuple(f for dim in layout[:-1] for f in dim if not f.role)),
-        affine=all(projection(walk, node, up_to_scale=True) for core in trunk.cores for node in (core.query, core.key)),
+        heads=lay.heads(layout),
+        affine=all(_is_affine(walk, core) for core in trunk.cores),
     )
     return replace(block, refusal=_cannot_be_cut(walk, block))
+
+
+def _is_affine(walk: Walk, core: Core) -> bool:
+    same = lay.heads(walk[core.query]) == lay.heads(core.key_layout(walk[core.key]))  # no keys shared among heads
+    return same and all(projection(walk, node, up_to_scale=True) for node in (core.query, core.key))
 
 
 def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:

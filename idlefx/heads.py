@@ -92,7 +92,7 @@ class Head:
             if keys and core.transposed:
                 heads = self._emit(aten.transpose.int, heads, -2, -1, name="keys")
             heads = self._standard(heads, layout)
-            each = _head_count(self.walk[core.query]) // _head_count(layout)
+            each = lay.heads(self.walk[core.query]) // lay.heads(layout)
             if each > 1:  # grouped queries: a key serves several heads
                 heads = self._emit(aten.repeat_interleave.self_int, heads, each, 1, name="grouped")
             found.append(heads)
@@ -148,7 +148,7 @@ class Head:
 
     def _affine(self, selector: str) -> fx.Node:
         total = None
-        heads = sum(_head_count(self.walk[core.query]) for core in self.opened.cores)
+        heads = sum(lay.heads(self.walk[core.query]) for core in self.opened.cores)
         for core in self.opened.cores:
             query, key = (projection(self.walk, node, up_to_scale=True) for node in (core.query, core.key))
             assert query is not None and key is not None
@@ -174,7 +174,3 @@ class Head:
             return self._emit(aten.select.int, tokens, dim, self.block.class_token, name="class_token")
         mean = self._emit(ops.mean_tokens, tokens, self.block.prefix, dim, name="mean")
         return self._emit(aten.squeeze.dim, mean, dim, name="mean_token")
-
-
-def _head_count(layout: Layout) -> int:
-    return lay.size(tuple(f for dim in layout[:-1] for f in dim if not f.role))

@@ -50,8 +50,7 @@ def _timm(model: nn.Module) -> tuple[tuple[int, int, int], str, dict[str, Any]] 
     embed = getattr(model, "patch_embed", None)
     if embed is not None and getattr(embed, "img_size", None):
         height, width = _pair(embed.img_size)
-    stem = getattr(embed, "proj", None)
-    channels = getattr(stem, "in_channels", channels)
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
     return (channels, height, width), "", {"data": {**data, "input_size": (channels, height, width)}}
 
 

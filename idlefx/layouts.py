@@ -93,6 +93,11 @@ def cut(runs: Runs, start: int, stop: int) -> Runs:
     return tuple(found)
 
 
+def heads(layout: Layout) -> int:
+    """How many heads queries or keys of a layout (…, N, D) have: what is neither batch, tokens nor head features."""
+    return size(tuple(f for dim in layout[:-1] for f in dim if not f.role))
+
+
 def token_axis(runs: Runs) -> Dim:
     """A dimension that holds these runs of tokens; a single token still counts as one."""
     return (Factor(sum(b - a for a, b in runs), "tokens", runs),)

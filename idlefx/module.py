@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from idlefx.frontend import adopt
 from idlefx.graph import by_name
@@ -121,14 +122,16 @@ def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.T
     """
     wanted = {s.block: by_name(idle.graph)[f"idle_{s.block}_index"] for s in idle.plan if s.idles}
     recorder = _Recorder(idle, set(wanted.values()))
-    codegen = idle.graph._codegen
-    if isinstance(codegen, _PyTreeCodeGen):
-        flat = codegen.process_inputs(*args, **kwargs)
-    else:
-        flat = tree_flatten((args, kwargs))[0]
+    flat = _flat_inputs(idle.graph, args, kwargs)
     with torch.no_grad():
         recorder.run(*flat, enable_io_processing=False)
     return {block: recorder.seen[node] for block, node in wanted.items()}
+
+
+def _flat_inputs(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Inputs in the order of the placeholders; keywords in the order of the trace, not of the caller."""
+    spec = graph._codegen.pytree_info.in_spec if isinstance(graph._codegen, _PyTreeCodeGen) else None
+    return fx_pytree.tree_flatten_spec((args, kwargs), spec) if spec is not None else tree_leaves((args, kwargs))
 
 
 class _Recorder(fx.Interpreter):

@@ -58,9 +58,9 @@ def convert(
         IdleViT, arXiv:2310.05654.
     """
     captured = capture(model, example_inputs, copy_model=copy)
-    blocks = find_blocks(normalized(captured.eval_graph), prefix)
-    plan = make_plan(blocks, layers, keep, schedule, selector)
-    evaluation = run_passes(captured.eval_graph, plan)
+    spelled = spell(captured.eval_graph)
+    plan = make_plan(find_blocks(spelled, prefix), layers, keep, schedule, selector)
+    evaluation = rewrite(spelled, plan, captured.eval_graph)
     training = _for_training(captured, plan, evaluation, prefix)
     result = IdleModule(evaluation, training, plan, captured.facts)
     return result.train(captured.training)
@@ -77,25 +77,23 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Seque
     Raises:
         IdleFxError: The model cannot be traced, or has no transformer block.
     """
-    return find_blocks(normalized(capture(model, example_inputs).eval_graph), prefix)
+    return find_blocks(spell(capture(model, example_inputs).eval_graph), prefix)
 
 
-def run_passes(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Run all passes on a copy of the graph, each one verified.
+def spell(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which everything is spelled in the ways that the analysis knows."""
+    copied = fx.GraphModule(module, deepcopy(module.graph))
+    adopt(copied, module)
+    return _run(SPELL, copied, Plan((), BlockTable(())))
 
-    A plan in which no token idles gives back the module as it is, bit by bit.
+
+def rewrite(spelled: fx.GraphModule, plan: Plan, original: fx.GraphModule) -> fx.GraphModule:
+    """Carry the plan out on the spelled graph; where no token idles, the original stays, bit by bit.
 
     Raises:
         PassError: A pass broke a promise; the message names it.
     """
-    if not any(step.idles for step in plan):
-        return module
-    return _run((*SPELL, *REWRITE), _copied(module), plan)
-
-
-def normalized(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose attention is spelled in the one way that the analysis knows."""
-    return _run(SPELL, _copied(module), Plan((), BlockTable(())))
+    return _run(REWRITE, spelled, plan) if any(step.idles for step in plan) else original
 
 
 def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -112,17 +110,12 @@ def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.Graph
     return module
 
 
-def _copied(module: fx.GraphModule) -> fx.GraphModule:
-    copied = fx.GraphModule(module, deepcopy(module.graph))
-    adopt(copied, module)
-    return copied
-
-
 def _for_training(captured: Captured, plan: Plan, evaluation: fx.GraphModule, prefix: Any) -> fx.GraphModule:
     """The train-mode graph with the same plan; its nodes have names of their own, so its blocks are found anew."""
     if captured.train_graph is captured.eval_graph:
         return evaluation
-    blocks = find_blocks(normalized(captured.train_graph), prefix)
+    spelled = spell(captured.train_graph)
+    blocks = find_blocks(spelled, prefix)
     same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
     if not same or not all(blocks[s.block].can_idle for s in plan):
         warnings.warn(
@@ -130,4 +123,4 @@ def _for_training(captured: Captured, plan: Plan, evaluation: fx.GraphModule, pr
             stacklevel=3,
         )
         return evaluation
-    return run_passes(captured.train_graph, Plan(plan.steps, blocks))
+    return rewrite(spelled, Plan(plan.steps, blocks), captured.train_graph)

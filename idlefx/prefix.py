@@ -42,6 +42,9 @@ def _from_image(flow: nx.DiGraph, node: Call, dim: int, blocks: Mapping[fx.Node,
     target, args = node.target, node.args
     if target is aten.cat.default and (args[1] if len(args) > 1 else 0) % tensor.ndim == dim:
         return [from_image for piece in args[0] for from_image in _from_image(flow, piece, dim, blocks)]
+    if target is aten.cat.default:
+        pieces = [_from_image(flow, piece, dim, blocks) for piece in args[0]]
+        return [any(column) for column in zip(*pieces, strict=True)]
     if target is aten.transpose.int:
         order = list(range(tensor.ndim))
         a, b = args[1:3]

@@ -19,7 +19,7 @@ from idlefx.inputs import guess_inputs
 from idlefx.module import IdleModule, selections
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable
-from idlefx.zoo_models import Entry, Inputs
+from idlefx.zoo_models import Entry, Inputs, images
 
 EXAMPLE_BATCH, BATCH = 2, 3
 TOLERANCE = 1e-5
@@ -121,43 +121,40 @@ def _value_failure(keep_all: float, answer: Comparison) -> str:
     return f"differs from the reference by {answer.error:.2g}" if not answer.error <= TOLERANCE else ""
 
 
-def compare(model: nn.Module, idle: IdleModule, table: BlockTable, batch: Inputs | Tensor) -> Comparison:
+def compare(model: nn.Module, idle: IdleModule, table: BlockTable, batch: Inputs) -> Comparison:
     """Hold a converted model against the reference on one batch.
 
     Raises:
         ValueError: The converted model lets another number of tokens work than its plan says.
     """
+
     def call() -> Any:
         return run(model, batch)
 
     paths = {step.block: table[step.block].path for step in idle.plan if step.idles}
     args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
-    chosen = {paths[block]: index for block, index in selections(idle, *args, **kwargs).items()}
+    chosen = {paths[block]: index for block, index in selections(idle, *args, *kwargs.values()).items()}
     keeps = {paths[step.block]: step.keep for step in idle.plan if step.idles}
     tokens = reference.look(model, [block.path for block in table], lambda: _call(model, batch))
     answer = reference.idle(model, keeps, tokens, chosen, call)
     return Comparison(largest_difference(answer.output, run(idle, batch)), answer.excess)
 
 
-def inputs_of(entry: Entry, model: nn.Module, batch: int, seed: int = 0) -> Inputs | Tensor:
-    """A batch for a model: images that are noise, each over a colour of its own, so that they are told apart."""
+def inputs_of(entry: Entry, model: nn.Module, batch: int, seed: int = 0) -> Inputs:
+    """A batch for a model: its entry's own, or images of the guessed size."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if entry.inputs is not None:
             return entry.inputs(batch)
-        return tree_map_only(Tensor, lambda t: _images(batch, *t.shape[1:]), guess_inputs(model)[0])
+        return tree_map_only(Tensor, lambda t: images(batch, t.shape[-1]), guess_inputs(model)[0])
 
 
-def _images(batch: int, *shape: int) -> Tensor:
-    return torch.randn(batch, shape[0], *(1 for _ in shape[1:])) + torch.randn(batch, *shape)
-
-
-def _call(model: nn.Module, batch: Inputs | Tensor) -> Any:
+def _call(model: nn.Module, batch: Inputs) -> Any:
     return model(**batch) if isinstance(batch, dict) else model(batch)
 
 
 @torch.no_grad()
-def run(model: nn.Module, batch: Inputs | Tensor) -> Any:
+def run(model: nn.Module, batch: Inputs) -> Any:
     """The model's output, without the fused kernel of `nn.MultiheadAttention`, which rounds on its own."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -173,7 +170,8 @@ def largest_difference(expected: Any, actual: Any, *, relative: bool = True) -> 
     for a, b in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
         if isinstance(a, Tensor):
             gap = (a.double() - b.double()).abs()
-            found.append(float(gap.norm() / a.double().norm() if relative else gap.max()))
+            size = a.double().norm() if relative and a.any() else 1.0
+            found.append(float((gap.norm() if relative else gap.max()) / size))
     return max(found) if all(value == value for value in found) else float("nan")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 DEPTH = 3
-Inputs = dict[str, Tensor]
+Inputs = Tensor | dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Entry:
         build: Makes it, untrained.
         blocks: How many blocks it has.
         refused: What the reasons of those that cannot idle say, a regular expression; empty where all can.
-        inputs: Keyword inputs of a batch; guessed from the model if None.
+        inputs: Makes a batch, a tensor or keyword inputs; guessed from the model if None.
         quick: Whether it is part of the shrunk table.
     """
 
@@ -42,6 +42,11 @@ class Entry:
         return randomise(model).eval()
 
 
+def images(batch: int, side: int = 40) -> Tensor:
+    """Noise over a colour of its own for each image, so that images and their tokens are told apart."""
+    return torch.randn(batch, 3, 1, 1) + torch.randn(batch, 3, side, side)
+
+
 @torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
     """Give every parameter a value that matters, with activations of order one."""
@@ -57,7 +62,6 @@ def randomise(model: nn.Module) -> nn.Module:
         elif parameter.numel() > 1:
             parameter.copy_(0.8 + 0.2 * noise)
     return model
-
 
 
 WIDTH = {"embed_dim": 48, "depth": DEPTH, "num_heads": 3, "num_classes": 7}
@@ -118,6 +122,8 @@ TIMM: dict[str, tuple[Mapping[str, Any], str]] = {
         "naflexvit_base_patch16_siglip naflexvit_base_patch16_radio_v3 naflexvit_large_patch16_radio_v3 "
         "naflexvit_so400m_patch16_radio_v4",
     ),
+}
+LANGUAGE_VISION: dict[str, tuple[Mapping[str, Any], str]] = {
     "gemma4_vit": (GEMMA, "gemma4_vit_167m gemma4_vit_570m gemma4_vit_167m_enc"),
     "deepseek_vit": ({**LANGUAGE, "mlp_ratio": 2.0}, "deepseek_vit_412m deepseek_vit_412m_enc"),
     "qwen3_vit": ({**LANGUAGE, "pos_embed_grid_size": 6}, "qwen3_vit_88m qwen3_vit_88m_merge qwen3_vit_88m_enc"),
@@ -150,15 +156,20 @@ def _vitamin(name: str) -> nn.Module:
 def _timm_entries() -> Iterator[Entry]:
     for family, (options, names) in TIMM.items():
         for name in names.split():
+            yield Entry(name, f"timm {family.strip()}", partial(timm_model, name, options))
+    for family, (options, names) in LANGUAGE_VISION.items():
+        for name in names.split():
             given = {k: v for k, v in options.items() if k != "num_classes" or not name.endswith("_enc")}
-            yield Entry(name, f"timm {family.strip()}", partial(timm_model, name, given))
+            yield Entry(name, f"timm {family}", partial(timm_model, name, given), inputs=partial(images, side=48))
     for name in UNFUSED.split():
         yield Entry(f"{name}, unfused", "timm", partial(timm_model, name, SMALL, fused=False))
     for name in ("vitamin_small_224", "vitamin_xlarge_256"):
         yield Entry(name, "timm vitamin", partial(_vitamin, name))
     sam = "timm vision_transformer_sam"
     yield Entry("samvit_base_patch16_224", sam, partial(timm_model, "samvit_base_patch16_224", SAM), 4, WINDOWS)
-    yield Entry("samvit_base_patch16", sam, partial(timm_model, "samvit_base_patch16", {**SAM, "num_classes": 0}), 4, WINDOWS)
+    yield Entry(
+        "samvit_base_patch16", sam, partial(timm_model, "samvit_base_patch16", {**SAM, "num_classes": 0}), 4, WINDOWS
+    )
     yield Entry("cait_xxs24_224", "timm cait", partial(timm_model, "cait_xxs24_224", SMALL))
 
 
@@ -191,11 +202,7 @@ def hugging_face(name: str, options: Mapping[str, Any], attention: str) -> nn.Mo
 
 
 def _with_noise(batch: int) -> Inputs:
-    return {"pixel_values": _image(batch), "noise": torch.rand(batch, 25)}
-
-
-def _image(batch: int, side: int = 40) -> Tensor:
-    return torch.randn(batch, 3, 1, 1) + torch.randn(batch, 3, side, side)
+    return {"pixel_values": images(batch), "noise": torch.rand(batch, 25)}
 
 
 def _patches(batch: int) -> Inputs:

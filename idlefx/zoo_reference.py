@@ -74,7 +74,9 @@ class Attention(TorchFunctionMode):
             attn_mask = self._masked(mask.expand(q.shape[0], *mask.shape[1:] if mask.ndim == q.ndim else mask.shape))
         return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
 
-    def _multi_head(self, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *rest: Any, **kw: Any) -> Any:
+    def _multi_head(
+        self, query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *rest: Any, **kw: Any
+    ) -> Any:
         if query.shape[0] == key.shape[0] == self.tokens:
             weight, bias = rest[:2]
             both = F.linear(query, weight[: 2 * width], None if bias is None else bias[: 2 * width])

@@ -4,7 +4,8 @@
 2. `baddbmm` becomes a batched product and a sum.
 3. An operation that overwrites a tensor nobody else holds becomes the one that makes a new tensor.
 4. An attention mask that masks nothing, and that no input decides, is left out: with a mask, fast attention is.
-5. What does not fit these rules stays, for `axes` to accept or to refuse.
+5. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
+6. What does not fit these rules stays, for `axes` to accept or to refuse.
 """
 
 from typing import Any
@@ -21,6 +22,9 @@ from idlefx.records import Plan
 aten = torch.ops.aten
 
 
+_CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default)
+
+
 def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite what has a simpler spelling; the plan does not matter."""
     del plan
@@ -33,6 +37,8 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 _replace(node, _product_and_sum(graph, node))
             elif node.target is aten.scaled_dot_product_attention.default:
                 _drop_idle_mask(module, node)
+            elif node.target in _CONVERSIONS:
+                _replace(node, _unconverted(node))
             else:
                 _replace(node, _out_of_place(graph, node))
     remove_dead(graph)
@@ -47,10 +53,15 @@ def _replace(node: fx.Node, new: fx.Node | None) -> None:
 
 def _product(graph: fx.Graph, node: Call) -> fx.Node | None:
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
-    if len(operands) != 2 or "." in equation:
+    if len(operands) != 2 or ("..." in equation and "->" not in equation):
         return None
     inputs, _, output = equation.partition("->")
     a, b = inputs.split(",")
+    dots = {len(x.meta["val"].shape) - len(s) + 3 for x, s in zip(operands, (a, b), strict=True) if "..." in s}
+    if len(dots) > 1:
+        return None
+    letters = "".join(c for c in "ABCDEFGH" if c not in equation)[: max(dots, default=0)]
+    a, b, output = (part.replace("...", letters) for part in (a, b, output))
     if "->" not in equation:
         output = "".join(sorted(c for c in a + b if (a + b).count(c) == 1))
     if len(set(a)) < len(a) or len(set(b)) < len(b) or any(c not in output for c in set(a) ^ set(b)):
@@ -94,6 +105,12 @@ def _product_and_sum(graph: fx.Graph, node: Call) -> fx.Node:
     if beta != 1:
         bias = emit(graph, aten.mul.Tensor, bias, beta, name="scaled", like=node)
     return emit(graph, aten.add.Tensor, found, bias, name="sum", like=node)
+
+
+def _unconverted(node: Call) -> fx.Node | None:
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    same = all(getattr(before, what) == getattr(after, what) for what in ("dtype", "device", "layout"))
+    return node.args[0] if same else None
 
 
 def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:

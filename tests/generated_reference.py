@@ -83,59 +83,44 @@ def choose(scores: Tensor, kept: int, prefix: tuple[int, ...]) -> tuple[Tensor, 
     return works, margin.min().item()
 
 
-def idle_unit(
-    unit: Callable[[Tensor], Tensor],
-    block: Block,
-    x: Tensor,
-    kept: int | None,
-    prefix: tuple[int, ...],
-    class_position: int | None,
-) -> tuple[Tensor, Tensor, float]:
-    """Run a unit of the model, which holds the attention of `block`, with all but the chosen tokens idle."""
-    first = block.config.tokens_first
-    everyone = torch.ones(x.shape[:2][::-1] if first else x.shape[:2], dtype=torch.bool)
+def run_block(
+    block: Block, x: Tensor, context: tuple[Tensor | None, ...], works: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The block among the working tokens (B, N), with queries and keys of all its attention (B, H, N, D)."""
+    seen: list[tuple[Tensor, Tensor]] = []
 
-    def run(works: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        seen = []
+    def forward(attention: Attention) -> Callable[..., Tensor]:
+        def forward_working(y: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
+            out, q, k = attend(attention, y, positions, valid, works)
+            seen.append((q, k))
+            return out
 
-        def forward(attention: Attention) -> Callable[..., Tensor]:
-            def forward_working(y: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
-                out, q, k = attend(attention, y, positions, valid, works)
-                seen.append((q, k))
-                return out
+        return forward_working
 
-            return forward_working
-
-        with ExitStack() as stack:
-            for attention in block.attentions:
-                stack.enter_context(patch.object(attention, "forward", forward(attention)))
-            return unit(x.clone()), seen
-
-    dense, seen = run(everyone)
-    if kept is None:
-        return dense, everyone, math.inf
+    with ExitStack() as stack:
+        for attention in block.attentions:
+            stack.enter_context(patch.object(attention, "forward", forward(attention)))
+        out = block(x.clone(), *context)
     queries, keys = zip(*seen, strict=True)
-    scores = attention_scores(torch.cat(queries, 1), torch.cat(keys, 1), prefix, class_position)
-    works, margin = choose(scores, kept, prefix)
-    worked, _ = run(works)
-    return torch.where((works.t() if first else works)[..., None], worked, x), works, margin
+    return out, torch.cat(queries, 1), torch.cat(keys, 1)
 
 
 @torch.no_grad()
-def run(model: ViT, plan: Mapping[int, int | None], inputs: tuple[Tensor, ...]) -> Result:
-    """Run the model with the blocks of the plan idling; a block that keeps None is run densely by this reference."""
+def run(model: ViT, plan: Mapping[int, int], inputs: tuple[Tensor, ...]) -> Result:
+    """Run the model with the blocks of the plan keeping so many image tokens."""
     config, selected, margins = model.config, {}, []
 
     def through(index: int, x: Tensor, context: tuple[Tensor | None, ...]) -> Tensor:
-        block = model.blocks[index]
-        unit = lambda y: block(y, *context)  # noqa: E731
+        block, prefix, first = model.blocks[index], config.prefix_at(index), config.tokens_first
         if index not in plan:
-            return unit(x)
-        x, works, margin = idle_unit(unit, block, x, plan[index], config.prefix_at(index), config.class_at(index))
+            return block(x, *context)
+        everyone = torch.ones(x.shape[:2][::-1] if first else x.shape[:2], dtype=torch.bool)
+        _, q, k = run_block(block, x, context, everyone)
+        works, margin = choose(attention_scores(q, k, prefix, config.class_at(index)), plan[index], prefix)
+        selected[index] = works.nonzero()[:, 1].view(len(works), -1)
         margins.append(margin)
-        if plan[index] is not None:
-            selected[index] = works.nonzero()[:, 1].view(len(works), -1)
-        return x
+        worked, *_ = run_block(block, x, context, works)
+        return torch.where((works.t() if first else works)[..., None], worked, x)
 
     with patch.object(model, "through", through):
         output = model(*inputs)

@@ -79,28 +79,27 @@ def check_table(blocks: idlefx.BlockTable, config: Config) -> None:
             assert "generated.py" in block.refusal, block.refusal
 
 
-def check(config: Config, keep: dict[int, float]) -> None:
-    """One model and one plan."""
+def check(config: Config, keep: dict[int, float]) -> bool:
+    """Convert one model by one plan; False where rounding decides what is kept, and nothing can be said."""
     model = build(config)
     kept = {block: max(1, int(ratio * config.image_tokens + 1e-9)) for block, ratio in keep.items()}
     x = inputs(config, 3, seed=1)
     expected = generated_reference.run(model, kept, x)
-    assume(expected.margin > CLEAR_MARGIN)
-    with torch.no_grad():
-        dense = model(*x)
-    with torch.enable_grad():
-        idle = convert(model, config, keep)
+    if expected.margin <= CLEAR_MARGIN:
+        return False
+    idle = convert(model, config, keep)
     check_table(idle.blocks, config)
     with torch.no_grad():
         chosen, actual = selections(idle, *x), idle(*x)
     assert chosen.keys() == expected.selected.keys()
     assert all(torch.equal(positions, expected.selected[block]) for block, positions in chosen.items())
     assert error_of(actual, expected.output) <= 1e-5
-    with torch.no_grad():
-        assert equal(convert(model, config, dict.fromkeys(keep, 1.0))(*x), dense)
+    same = convert(model, config, dict.fromkeys(keep, 1.0))
+    assert equal(same(*x), model(*x))  # with gradients, where nn.MultiheadAttention takes no fast path
     if config.unfit != "none":
         with pytest.raises(idlefx.IdleFxError, match=REASONS[config.unfit]):
             convert(model, config, {1: 0.5})
+    return True
 
 
 @pytest.mark.parametrize("worker", range(WORKERS))
@@ -108,4 +107,4 @@ def check(config: Config, keep: dict[int, float]) -> None:
 def test_converted_equals_reference_or_is_refused_truly(worker: int, config: Config, data: st.DataObject) -> None:
     keep = data.draw(plans(config))
     note(f"{config}, keep={keep}")
-    check(config, keep)
+    assume(check(config, keep))

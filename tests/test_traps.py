@@ -1,0 +1,189 @@
+"""Models in which something is not what it looks like: sizes that collide, tokens in odd places, attention that is none."""
+
+import inspect as pyinspect
+import re
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import generated_reference
+import pytest
+import torch
+from generated import Config, ViT, build, inputs
+from test_generated import check, convert, error_of
+from torch import Tensor, nn
+
+import idlefx
+
+SOME = {0: 0.5, 2: 0.3}
+SQUARE = Config(collision="all", prefix=0, head="mean", grid=(8, 8))
+
+
+def kept(config: Config, keep: dict[int, float]) -> dict[int, int]:
+    return {block: int(ratio * config.image_tokens) for block, ratio in keep.items()}
+
+
+def quietly(model: nn.Module, example: Any) -> Any:
+    """A conversion during which a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return idlefx.convert(model, list(SOME), list(SOME.values()), schedule="blocks", example_inputs=example)
+
+
+@pytest.mark.parametrize("tokens_first", [False, True], ids=["batch_first", "tokens_first"])
+@pytest.mark.parametrize("core", ["sdpa", "matmul", "einsum_bnhd", "baddbmm", "multihead"])
+def test_tokens_head_width_and_width_are_all_64(core, tokens_first):
+    config = replace(SQUARE, core=core, tokens_first=tokens_first, bias="distances")
+    assert (config.tokens, config.head_width, config.width, config.hidden) == (64, 64, 64, 64)
+    assert check(config.normalised(), SOME)
+
+
+@pytest.mark.parametrize("collision", ["width", "head", "hidden"])
+@pytest.mark.parametrize("mlp", ["plain", "flattened", "raw"])
+def test_tokens_are_as_many_as_features(mlp, collision):
+    config = Config(collision=collision, mlp=mlp, prefix=2, projection="chunked", rotary="image_only").normalised()
+    assert config.tokens == {"width": config.width, "head": config.head_width, "hidden": config.hidden}[collision]
+    assert check(config, SOME)
+
+
+@torch.no_grad()
+def test_images_are_as_many_as_tokens_and_features():
+    config = Config(collision="width", prefix=0, head="mean", core="bmm", tokens_first=True)
+    model, x = build(config), inputs(config, 3)
+    idle = quietly(model, inputs(config, config.tokens, seed=1))
+    assert idle.blocks[0].token_dim == 0 and idle.blocks[0].batch_dim == 1
+    expected = generated_reference.run(model, kept(config, SOME), x)
+    assert error_of(idle(*x), expected.output) <= 1e-5
+
+
+@pytest.mark.parametrize("prefix", [1, 3])
+@pytest.mark.parametrize("rotary", ["none", "image_only"])
+def test_class_token_stands_at_the_end(rotary, prefix):
+    config = Config(prefix=prefix, place="end", rotary=rotary)
+    assert config.prefix_positions[0] == config.class_position == config.image_tokens
+    assert check(config, SOME)
+
+
+def test_class_token_joins_at_the_last_block():
+    config = Config(place="late", positions="image", prefix=2)
+    table = idlefx.inspect(build(config), inputs(config, 2))
+    assert [block.tokens for block in table] == [16, 16, 18]
+    assert [block.class_token for block in table] == [None, None, 0]
+    assert check(config, SOME)
+
+
+@torch.no_grad()
+def test_batch_is_read_by_len():
+    config = Config(batch="len", core="matmul")
+    model = build(config)
+    idle = quietly(model, inputs(config, 2))
+    for batch in (1, 5):
+        x = inputs(config, batch, seed=batch)
+        assert error_of(idle(*x), generated_reference.run(model, kept(config, SOME), x).output) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["image", "label", "valid"])
+def test_example_of_one_image_leaves_the_batch_free(given):
+    config = Config(inputs=given)
+    model = build(config)
+    idle = quietly(model, inputs(config, 1))
+    for batch in (1, 4):
+        x = inputs(config, batch, seed=batch)
+        assert error_of(idle(*x), generated_reference.run(model, kept(config, SOME), x).output) <= 1e-5
+
+
+class Frozen(nn.Module):
+    """Reads the batch as a plain number, so that no trace can leave it free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = build(Config())
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vit(image.view(int(image.shape[0]) and 2, 3, 16, 16))
+
+
+def test_batch_that_cannot_stay_free_is_announced():
+    with pytest.warns(UserWarning, match="batch"):
+        idle = idlefx.convert(Frozen(), [1], 0.5, example_inputs=inputs(Config(), 2))
+    assert idle(*inputs(Config(), 2)).shape[0] == 2
+    assert re.search(r"batch", str(idlefx.report(idle)))
+
+
+@pytest.mark.parametrize("form", ["two_cores", "branches", "nested"])
+@pytest.mark.parametrize("head", ["class", "mean"])
+def test_block_holds_two_attention_cores(head, form):
+    config = Config(block=form, head=head)
+    table = idlefx.inspect(build(config), inputs(config, 2))
+    assert [len(block.cores) for block in table] == [2] * config.depth
+    assert check(config, SOME)
+
+
+@pytest.mark.parametrize("head", ["pooling", "image_pooling"])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_pooling_head_is_no_block(prefix, head):
+    config = Config(head=head, prefix=prefix)
+    table = idlefx.inspect(build(config), inputs(config, 2))
+    assert [block.path for block in table] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert check(config, SOME)
+
+
+def test_shared_block_idles_in_one_layer_and_not_in_another():
+    config = Config(shared=True)
+    assert check(config, {1: 0.4})
+    idle = convert(build(config), config, {1: 0.4})
+    assert len(list(idle.parameters())) == len(list(build(config).parameters()))
+
+
+def test_example_on_another_device_is_refused():
+    config = Config()
+    (image,) = inputs(config, 2)
+    with pytest.raises(idlefx.IdleFxError, match=r"example input is on meta, the model on cpu"):
+        idlefx.convert(build(config), [1], 0.5, example_inputs=image.to("meta"))
+
+
+class Branching(ViT):
+    """Looks at the image to decide what to compute."""
+
+    def embed(self, image: Tensor, other: Tensor | None) -> Any:
+        if image.mean() > 0:
+            image = -image
+        return super().embed(image, other)
+
+
+class Counting(ViT):
+    """Turns a tensor into a number."""
+
+    def embed(self, image: Tensor, other: Tensor | None) -> Any:
+        levels = int(image.abs().max().item())
+        return super().embed(image[..., :16].div(range(levels + 1)[-1] + 1), other)
+
+
+class Leaving(ViT):
+    """Leaves torch in the middle."""
+
+    def embed(self, image: Tensor, other: Tensor | None) -> Any:
+        return super().embed(torch.from_numpy(image.detach().numpy().clip(-1, 1)), other)
+
+
+def line_of(model: type[nn.Module], code: str) -> str:
+    lines, first = pyinspect.getsourcelines(model)
+    return f"test_traps.py:{first + next(at for at, line in enumerate(lines) if code in line)}"
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "remedy"),
+    [
+        (Branching, "if image.mean()", r"torch\.where|torch\.cond"),
+        (Counting, ".item()", r"\.item\(\)"),
+        (Leaving, ".numpy()", r"numpy|side effect|outside torch"),
+    ],
+)
+def test_model_that_cannot_be_traced_names_the_line(model, code, remedy):
+    config = Config()
+    with pytest.raises(idlefx.IdleFxError) as caught:
+        idlefx.convert(model(config).eval(), [1], 0.5, example_inputs=inputs(config, 2))
+    message = str(caught.value)
+    assert line_of(model, code) in message, message
+    assert re.search(remedy, message), message
