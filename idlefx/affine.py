@@ -26,6 +26,8 @@ VIEWS = {
     aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, operator.getitem,
 }  # fmt: skip
 _BATCH = 2
+# The numbers are not laid out in memory as the features were, so that a view may need to be a copy.
+_FREE = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
     numbers: Any = torch.arange(shape[-1]).expand(shape)
     for step in reversed(path):
         args, kwargs = _with_numbers(step, numbers)
-        numbers = step.target(*args, **kwargs)
+        numbers = _FREE.get(step.target, step.target)(*args, **kwargs)
     return _pattern(current, _by_token(numbers, walk[node], _BATCH))
 
 

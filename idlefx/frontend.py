@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idlefx.errors import CaptureError, IdleFxError, InputError
 from idlefx.inputs import guess_inputs
+from idlefx.tidy import tidy
 
-aten = torch.ops.aten
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -114,14 +114,15 @@ def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, dict[str, Any]
 
 def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
     """The graph and whether its batch is free; strict tracing keeps `len(x)` free where the other does not."""
-    args, kwargs = inputs
     failures: list[Exception] = []
     for strict, batch_free in ((False, True), (True, True), (False, False)):
+        # A failed attempt leaves the tensors it was given marked as dynamic: each gets its own.
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
         shapes = _free_batch(model, inputs) if batch_free else None
         try:
             with _quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
-                return _tidy(program.module(check_guards=False), model), batch_free
+                return tidy(program.module(check_guards=False), model), batch_free
         except Exception as error:  # torch.export raises many kinds; the first is the one to report
             failures.append(error)
     raise _explain(model, inputs, failures[0])
@@ -213,40 +214,3 @@ def _mode_matters(model: nn.Module, inputs: Args) -> bool:
                 raise _explain(model, inputs, error) from error
         streams.append(recorder.stream)
     return streams[0] != streams[1]
-
-
-def _tidy(exported: nn.Module, model: nn.Module) -> fx.GraphModule:
-    """A plain GraphModule with all of the model's parameters and buffers, the unused ones too."""
-    graph: fx.Graph = exported.graph  # type: ignore[assignment]
-    for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default or node.target == "_guards_fn":
-            graph.erase_node(node)
-    module = fx.GraphModule(exported, graph, type(model).__name__)
-    adopt(module, model)
-    return module
-
-
-def adopt(module: nn.Module, model: nn.Module) -> None:
-    """Make the state of `module` that of `model`: the same names, and the same objects behind them."""
-    wanted = model.state_dict(keep_vars=True)
-    present = {name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]}
-    for name, tensor in wanted.items():
-        if name not in present and isinstance(tensor, torch.Tensor):
-            owner, leaf = _owner(module, name)
-            if isinstance(tensor, nn.Parameter):
-                owner.register_parameter(leaf, tensor)
-            else:
-                owner.register_buffer(leaf, tensor)
-    for name, _ in list(module.named_buffers()):
-        if name not in wanted:  # a constant of the trace, or a buffer that the model does not save either
-            owner, leaf = _owner(module, name)
-            owner._non_persistent_buffers_set.add(leaf)
-
-
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    *path, leaf = name.split(".")
-    for part in path:
-        if not hasattr(module, part):
-            module.add_module(part, nn.Module())
-        module = getattr(module, part)
-    return module, leaf

@@ -9,9 +9,9 @@ from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import tree_leaves
 
-from idlefx.frontend import adopt
 from idlefx.graph import by_name
 from idlefx.records import BlockTable, Plan
+from idlefx.tidy import adopt, owner_of
 
 
 class IdleModule(fx.GraphModule):
@@ -94,11 +94,7 @@ def _add_constants(module: nn.Module, training: fx.GraphModule) -> None:
     for node in training.graph.find_nodes(op="get_attr"):
         path, _, leaf = str(node.target).rpartition(".")
         tensor = getattr(training.get_submodule(path), leaf)
-        owner = module
-        for part in path.split(".") if path else ():
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
+        owner, _ = owner_of(module, str(node.target))
         if getattr(owner, leaf, None) is tensor:
             continue
         if isinstance(tensor, nn.Parameter):

@@ -9,11 +9,12 @@ from torch import fx, nn
 
 from idlefx.blocks import find_blocks
 from idlefx.errors import IdleFxError, PassError
-from idlefx.frontend import Captured, adopt, capture
+from idlefx.frontend import Captured, capture
 from idlefx.module import IdleModule
 from idlefx.passes import idle_tokens, lower_spellings, normalize_attention, select_tokens
 from idlefx.planning import make_plan
 from idlefx.records import BlockTable, Plan
+from idlefx.tidy import adopt
 from idlefx.verify import promise_of, verify
 
 Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]

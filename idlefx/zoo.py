@@ -97,7 +97,7 @@ def _check(entry: Entry, model: nn.Module, row: dict[str, str]) -> Row:
 
 def _blocks_failure(entry: Entry, table: BlockTable) -> str:
     refusals = [block.refusal for block in table if not block.can_idle]
-    if len(table) != entry.blocks:
+    if entry.blocks not in (None, len(table)):
         return f"{len(table)} blocks found instead of {entry.blocks}: {', '.join(block.path for block in table)}"
     unexpected = [reason for reason in refusals if not entry.refused or not re.search(entry.refused, reason)]
     if unexpected:
@@ -133,7 +133,7 @@ def compare(model: nn.Module, idle: IdleModule, table: BlockTable, batch: Inputs
 
     paths = {step.block: table[step.block].path for step in idle.plan if step.idles}
     args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
-    chosen = {paths[block]: index for block, index in selections(idle, *args, *kwargs.values()).items()}
+    chosen = {paths[block]: index for block, index in selections(idle, *args, **kwargs).items()}
     keeps = {paths[step.block]: step.keep for step in idle.plan if step.idles}
     tokens = reference.look(model, [block.path for block in table], lambda: _call(model, batch))
     answer = reference.idle(model, keeps, tokens, chosen, call)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 DEPTH = 3
 Inputs = Tensor | dict[str, Tensor]
+Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,17 @@ class Entry:
         label: What the table calls it.
         family: The library, and the file or class in it.
         build: Makes it, untrained.
-        blocks: How many blocks it has.
+        blocks: How many blocks it has; None where that is not the point.
         refused: What the reasons of those that cannot idle say, a regular expression; empty where all can.
         inputs: Makes a batch, a tensor or keyword inputs; guessed from the model if None.
-        quick: Whether it is part of the shrunk table.
     """
 
     label: str
     family: str
     build: Callable[[], nn.Module]
-    blocks: int = DEPTH
+    blocks: int | None = DEPTH
     refused: str = ""
     inputs: Callable[[int], Inputs] | None = None
-    quick: bool = False
 
     def make(self) -> nn.Module:
         """The model with random parameters, in evaluation mode."""
@@ -56,7 +55,8 @@ def randomise(model: nn.Module) -> nn.Module:
         if parameter.ndim > 2 and parameter.shape[0] == 1:  # class tokens, registers, position embeddings
             parameter.copy_(0.5 * noise)
         elif parameter.ndim > 1:
-            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            gain = 2 if parameter.ndim == 4 else 1  # convolutions stand before rectifiers
+            parameter.copy_(noise * (gain / parameter[0].numel()) ** 0.5)
         elif parameter.numel() > 1 and not parameter.any():
             parameter.copy_(0.2 * noise)
         elif parameter.numel() > 1:
@@ -66,16 +66,12 @@ def randomise(model: nn.Module) -> nn.Module:
 
 WIDTH = {"embed_dim": 48, "depth": DEPTH, "num_heads": 3, "num_classes": 7}
 SMALL = {**WIDTH, "img_size": 40, "patch_size": 8}
-FLEXIBLE = {**WIDTH, "patch_size": 8}
-STEM = {**WIDTH, "img_size": 96}
-LANGUAGE = {**SMALL, "img_size": 48}  # encoders of language models merge neighbouring patches in the end
-GEMMA = {**LANGUAGE, "head_dim": 16, "intermediate_size": 96, "position_embedding_size": 64}
-SAPIENS = {**SMALL, "embed_dim": 64, "num_heads": 4, "num_kv_heads": (4, 2, 4)}
 SAM = {**SMALL, "depth": 4, "img_size": 64, "window_size": 3, "global_attn_indexes": (1, 3)}
-WINDOWS = "window|grid of patches|dimensions instead of"
+SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}
 
-TIMM: dict[str, tuple[Mapping[str, Any], str]] = {
-    "vision_transformer": (
+TIMM: tuple[tuple[str, Options, str], ...] = (
+    (
+        "vision_transformer",
         SMALL,
         "vit_tiny_patch16_224 vit_base_patch16_224_miil aimv2_1b_patch14_224 beit3_base_patch16_224 "
         "eva_large_patch14_196 flexivit_small test_vit test_vit2 test_vit3 test_vit4 vit_base_patch14_dinov2 "
@@ -89,9 +85,10 @@ TIMM: dict[str, tuple[Mapping[str, Any], str]] = {
         "vit_intern300m_patch14_448 vit_pwee_patch16_reg1_gap_256 vit_so150m2_patch16_reg1_gap_256 "
         "vit_so150m_patch16_reg4_gap_256 vit_so150m_patch16_reg4_map_256",
     ),
-    "deit": (SMALL, "deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224"),
-    "beit": (SMALL, "beit_base_patch16_224 beitv2_base_patch16_224"),
-    "eva": (
+    ("deit", SMALL, "deit_tiny_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224"),
+    ("beit", SMALL, "beit_base_patch16_224 beitv2_base_patch16_224"),
+    (
+        "eva",
         SMALL,
         "eva02_base_patch14_224 eva02_base_patch16_clip_224 eva02_enormous_patch14_clip_224 eva02_tiny_patch14_224 "
         "eva_giant_patch14_224 eva_giant_patch14_clip_224 vit_7b_patch16_dinov3 vit_small_patch16_dinov3 "
@@ -102,35 +99,62 @@ TIMM: dict[str, tuple[Mapping[str, Any], str]] = {
         "vit_betwixt_patch16_rope_reg4_gap_256 vit_pe_core_tiny_patch16_384 vit_pe_core_gigantic_patch14_448 "
         "vit_pe_lang_gigantic_patch14_448 vit_pe_lang_large_patch14_448 vit_pe_spatial_tiny_patch16_512",
     ),
-    "eva ": (SAPIENS, "vit_base_patch16_sapiens2"),
-    "vision_transformer_relpos": (
+    ("eva", {**SMALL, "embed_dim": 64, "num_heads": 4, "num_kv_heads": (4, 2, 4)}, "vit_base_patch16_sapiens2"),
+    (
+        "vision_transformer_relpos",
         SMALL,
         "vit_relpos_small_patch16_224 vit_relpos_base_patch16_cls_224 vit_relpos_base_patch16_clsgap_224 "
         "vit_relpos_base_patch16_plus_240 vit_relpos_small_patch16_rpn_224 vit_relpos_base_patch32_plus_rpn_256 "
         "vit_relpos_medium_patch16_cls_224 vit_srelpos_medium_patch16_224 vit_srelpos_small_patch16_224",
     ),
-    "vision_transformer_hybrid": (
-        STEM,
+    ("cait", SMALL, "cait_xxs24_224"),
+    ("vision_transformer_hybrid", {**WIDTH, "img_size": 64, "patch_size": 1}, "vit_tiny_r_s16_p8_224"),
+    ("vision_transformer_hybrid", {**WIDTH, "img_size": 64, "embed_dim": 768}, "vit_base_mci_224"),
+    (
+        "vision_transformer_hybrid",
+        {**WIDTH, "img_size": 96},
         "vit_small_r26_s32_224 vit_base_r50_s16_224 vit_small_resnet26d_224 vit_small_resnet50d_s16_224",
     ),
-    "vision_transformer_hybrid ": ({**WIDTH, "img_size": 64, "patch_size": 1}, "vit_tiny_r_s16_p8_224"),
-    "vision_transformer_hybrid  ": ({**WIDTH, "img_size": 64, "embed_dim": 768}, "vit_base_mci_224"),
-    "naflexvit": (
-        FLEXIBLE,
+    (
+        "naflexvit",
+        {**WIDTH, "patch_size": 8},
         "naflexvit_base_patch16_gap naflexvit_base_patch16_par_gap naflexvit_base_patch16_parfac_gap "
         "naflexvit_base_patch16_map naflexvit_so150m2_patch16_reg1_gap naflexvit_so150m2_patch16_reg1_map "
         "naflexvit_base_patch16_siglip naflexvit_base_patch16_radio_v3 naflexvit_large_patch16_radio_v3 "
         "naflexvit_so400m_patch16_radio_v4",
     ),
-}
-LANGUAGE_VISION: dict[str, tuple[Mapping[str, Any], str]] = {
-    "gemma4_vit": (GEMMA, "gemma4_vit_167m gemma4_vit_570m gemma4_vit_167m_enc"),
-    "deepseek_vit": ({**LANGUAGE, "mlp_ratio": 2.0}, "deepseek_vit_412m deepseek_vit_412m_enc"),
-    "qwen3_vit": ({**LANGUAGE, "pos_embed_grid_size": 6}, "qwen3_vit_88m qwen3_vit_88m_merge qwen3_vit_88m_enc"),
-}
+    (
+        "gemma4_vit",
+        {**SMALL, "img_size": 48, "head_dim": 16, "intermediate_size": 96, "position_embedding_size": 64},
+        "gemma4_vit_167m gemma4_vit_570m gemma4_vit_167m_enc",
+    ),
+    ("deepseek_vit", {**SMALL, "img_size": 48, "mlp_ratio": 2.0}, "deepseek_vit_412m deepseek_vit_412m_enc"),
+    (
+        "qwen3_vit",
+        {**SMALL, "img_size": 48, "pos_embed_grid_size": 6},
+        "qwen3_vit_88m qwen3_vit_88m_merge qwen3_vit_88m_enc",
+    ),
+)
+UNFUSED = (
+    "vit_tiny_patch16_224 vit_medium_patch16_gap_256 vit_small_patch16_18x2_224 vit_dwee_patch16_reg1_gap_256 "
+    "vit_base_patch16_xp_224 beit_base_patch16_224 eva02_tiny_patch14_224 vit_small_patch16_rope_mixed_224 "
+    "vit_relpos_small_patch16_224 vit_relpos_base_patch16_cls_224"
+)
+NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, name, options, blocks, why not all
+    ("vision_transformer_sam", "samvit_base_patch16_224", SAM, 4, "has 4 dimensions"),
+    ("vision_transformer_sam", "samvit_base_patch16", {**SAM, "num_classes": 0}, 4, "has 4 dimensions"),
+    ("swin_transformer", "swin_tiny_patch4_window7_224", SWIN, 3, "has 4 dimensions"),
+    ("pvt_v2", "pvt_v2_b0", {}, 8, "grid of patches"),
+    ("mvitv2", "mvitv2_tiny", {"img_size": 64}, None, "read outside|grid of patches"),
+    ("xcit", "xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, None, "over the token axis"),
+    ("hiera", "hiera_tiny_224", {"img_size": 64}, 9, "windows"),
+    ("convit", "convit_tiny", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}, 3, "over the token axis"),
+    ("mlp_mixer", "mixer_s32_224", {"img_size": 64}, 0, "no attention"),
+    ("resnet", "resnet10t", {}, 0, "no attention"),
+)
 
 
-def timm_model(name: str, options: Mapping[str, Any], *, fused: bool = True) -> nn.Module:
+def timm_model(name: str, options: Options, *, fused: bool = True) -> nn.Module:
     """A timm model; `fused=False` writes its attention as matmul, softmax, matmul."""
     import timm
 
@@ -146,63 +170,31 @@ def timm_model(name: str, options: Mapping[str, Any], *, fused: bool = True) -> 
 def _vitamin(name: str) -> nn.Module:
     from timm.models.vitamin import VitCfg, VitConvCfg
 
-    stem = VitCfg(
-        embed_dim=(16, 32, 48), depths=(1, 1, 1), stem_width=16, head_type="1d",
-        conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6),
-    )  # fmt: skip
+    convolution = VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
+    stem = VitCfg(embed_dim=(16, 32, 48), depths=(1, 1, 1), stem_width=16, conv_cfg=convolution, head_type="1d")
     return timm_model(name, {**WIDTH, "img_size": 64, "embed_cfg": stem})
 
 
 def _timm_entries() -> Iterator[Entry]:
-    for family, (options, names) in TIMM.items():
+    for family, options, names in TIMM:
         for name in names.split():
-            yield Entry(name, f"timm {family.strip()}", partial(timm_model, name, options))
-    for family, (options, names) in LANGUAGE_VISION.items():
-        for name in names.split():
+            # Encoders have no classes, and models for language do not say how large their images are.
             given = {k: v for k, v in options.items() if k != "num_classes" or not name.endswith("_enc")}
-            yield Entry(name, f"timm {family}", partial(timm_model, name, given), inputs=partial(images, side=48))
-    for name in UNFUSED.split():
-        yield Entry(f"{name}, unfused", "timm", partial(timm_model, name, SMALL, fused=False))
+            side = partial(images, side=48) if options.get("img_size") == 48 else None
+            yield Entry(name, f"timm {family}", partial(timm_model, name, given), inputs=side)
     for name in ("vitamin_small_224", "vitamin_xlarge_256"):
         yield Entry(name, "timm vitamin", partial(_vitamin, name))
-    sam = "timm vision_transformer_sam"
-    yield Entry("samvit_base_patch16_224", sam, partial(timm_model, "samvit_base_patch16_224", SAM), 4, WINDOWS)
-    yield Entry(
-        "samvit_base_patch16", sam, partial(timm_model, "samvit_base_patch16", {**SAM, "num_classes": 0}), 4, WINDOWS
-    )
-    yield Entry("cait_xxs24_224", "timm cait", partial(timm_model, "cait_xxs24_224", SMALL))
-
-
-UNFUSED = (
-    "vit_tiny_patch16_224 vit_medium_patch16_gap_256 vit_small_patch16_18x2_224 vit_dwee_patch16_reg1_gap_256 "
-    "vit_base_patch16_xp_224 beit_base_patch16_224 eva02_tiny_patch14_224 vit_small_patch16_rope_mixed_224 "
-    "vit_relpos_small_patch16_224 vit_relpos_base_patch16_cls_224"
-)
+    for name in UNFUSED.split():
+        yield Entry(f"{name}, unfused", "timm", partial(timm_model, name, SMALL, fused=False))
+    for family, name, options, blocks, reason in NOT_ALL:
+        side = partial(images, side=options.get("img_size", 64))
+        yield Entry(name, f"timm {family}", partial(timm_model, name, options), blocks, reason, side)
 
 
 def _torchvision() -> nn.Module:
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(40, 8, DEPTH, 3, 48, 96, num_classes=7)
-
-
-FACE = {
-    "hidden_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 96,
-    "image_size": 40, "patch_size": 8,
-}  # fmt: skip
-
-
-def hugging_face(name: str, options: Mapping[str, Any], attention: str) -> nn.Module:
-    """A Hugging Face model of that class."""
-    import transformers
-
-    kind = getattr(transformers, name)
-    model: nn.Module = kind(kind.config_class(**{**FACE, **options, "attn_implementation": attention}))
-    return model
-
-
-def _with_noise(batch: int) -> Inputs:
-    return {"pixel_values": images(batch), "noise": torch.rand(batch, 25)}
 
 
 def _patches(batch: int) -> Inputs:
@@ -213,49 +205,92 @@ def _patches(batch: int) -> Inputs:
     }
 
 
-BOTH = ("sdpa", "eager")
-HUGGING_FACE: tuple[tuple[str, str, Mapping[str, Any], Any], ...] = (
-    ("ViT", "ViTModel", {}, None),
-    ("ViT, classifier", "ViTForImageClassification", {}, None),
-    ("DeiT", "DeiTModel", {}, None),
-    ("DeiT, with teacher", "DeiTForImageClassificationWithTeacher", {}, None),
-    ("BEiT", "BeitModel", {"use_relative_position_bias": True}, None),
-    ("BEiT, shared bias", "BeitForImageClassification", {"use_shared_relative_position_bias": True}, None),
-    ("Data2Vec", "Data2VecVisionModel", {"use_relative_position_bias": True}, None),
-    ("DINOv2", "Dinov2Model", {}, None),
-    ("DINOv2, SwiGLU", "Dinov2ForImageClassification", {"use_swiglu_ffn": True}, None),
-    ("DINOv2, backbone", "Dinov2Backbone", {"out_indices": [1, 3]}, None),
-    ("DINOv2, registers", "Dinov2WithRegistersModel", {}, None),
-    ("DINOv3", "DINOv3ViTModel", {"num_register_tokens": 4}, None),
-    ("DINOv3, gated", "DINOv3ViTModel", {"num_register_tokens": 4, "use_gated_mlp": True}, None),
-    ("CLIP vision", "CLIPVisionModel", {}, None),
-    ("CLIP vision, projection", "CLIPVisionModelWithProjection", {}, None),
-    ("MetaCLIP 2 vision", "MetaClip2VisionModel", {}, None),
-    ("SigLIP vision", "SiglipVisionModel", {}, None),
-    ("SigLIP2 vision", "Siglip2VisionModel", {"num_patches": 25}, _patches),
-    ("I-JEPA", "IJepaModel", {}, None),
-    ("ViT-MAE encoder", "ViTMAEModel", {"mask_ratio": 0.0}, _with_noise),
-    ("ViT-MSN", "ViTMSNModel", {}, None),
-    ("DPT backbone", "DPTModel", {"backbone_out_indices": [0, 1, 2, 2]}, None),
-    ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, None),
-    ("AIMv2", "Aimv2VisionModel", {}, None),
-    ("TIPSv2", "Tipsv2VisionModel", {}, None),
-    ("Sapiens2", "Sapiens2Model", {}, None),
-    ("InternVL vision", "InternVLVisionModel", {"image_size": [40, 40], "patch_size": [8, 8]}, None),
+def _with_noise(batch: int) -> Inputs:
+    return {"pixel_values": images(batch), "noise": torch.rand(batch, 25)}
+
+
+def _film(batch: int, frames: int) -> Inputs:
+    return {"pixel_values": torch.randn(batch, 1, 3, 1, 1) + torch.randn(batch, frames, 3, 40, 40)}
+
+
+FACE = {
+    "hidden_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 96,
+    "image_size": 40, "patch_size": 8,
+}  # fmt: skip
+DENSE = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16] * 4}
+FACE_SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2]}
+FACE_SAM = {"image_size": 64, "window_size": 3, "global_attn_indexes": [2], "output_channels": 16, "mlp_dim": 96}
+VIT_DET = {"image_size": 64, "pretrain_image_size": 64, "window_block_indices": [0], "window_size": 3}
+HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label, class, options, how the entry differs
+    ("ViT", "ViTModel", {}, {}),
+    ("ViT classifier", "ViTForImageClassification", {}, {}),
+    ("DeiT", "DeiTModel", {}, {}),
+    ("DeiT with teacher", "DeiTForImageClassificationWithTeacher", {}, {}),
+    ("BEiT", "BeitModel", {"use_relative_position_bias": True}, {}),
+    ("BEiT, shared bias", "BeitForImageClassification", {"use_shared_relative_position_bias": True}, {}),
+    ("Data2Vec vision", "Data2VecVisionModel", {"use_relative_position_bias": True}, {}),
+    ("DINOv2", "Dinov2Model", {}, {}),
+    ("DINOv2, SwiGLU", "Dinov2ForImageClassification", {"use_swiglu_ffn": True}, {}),
+    ("DINOv2 backbone", "Dinov2Backbone", {"out_indices": [1, 3]}, {}),
+    ("DINOv2 with registers", "Dinov2WithRegistersModel", {}, {}),
+    ("DINOv3 ViT", "DINOv3ViTModel", {"num_register_tokens": 4}, {}),
+    ("DINOv3 ViT, gated", "DINOv3ViTModel", {"num_register_tokens": 4, "use_gated_mlp": True}, {}),
+    ("CLIP vision", "CLIPVisionModel", {}, {}),
+    ("CLIP vision, projected", "CLIPVisionModelWithProjection", {}, {}),
+    ("MetaCLIP 2 vision", "MetaClip2VisionModel", {}, {}),
+    ("SigLIP vision", "SiglipVisionModel", {}, {}),
+    ("SigLIP2 vision", "Siglip2VisionModel", {"num_patches": 25}, {"inputs": _patches}),
+    ("I-JEPA", "IJepaModel", {}, {}),
+    ("ViT-MAE encoder", "ViTMAEModel", {"mask_ratio": 0.0}, {"inputs": _with_noise}),
+    ("ViT-MSN", "ViTMSNModel", {}, {}),
+    ("AIMv2", "Aimv2VisionModel", {}, {}),
+    ("TIPSv2", "Tipsv2VisionModel", {}, {}),
+    ("Sapiens2", "Sapiens2Model", {}, {}),
+    ("InternVL vision", "InternVLVisionModel", {"image_size": [40, 40], "patch_size": [8, 8]}, {}),
+    ("OwlViT vision", "OwlViTVisionModel", {}, {}),
+    ("BLIP vision", "BlipVisionModel", {}, {"attention": "eager"}),
+    ("FLAVA image", "FlavaImageModel", {}, {"attention": "eager"}),
+    ("ViViT", "VivitModel", {"num_frames": 2, "tubelet_size": [2, 8, 8]}, {"inputs": partial(_film, frames=2)}),
+    ("VideoMAE", "VideoMAEModel", {"num_frames": 4}, {"inputs": partial(_film, frames=4)}),
+    ("DPT backbone", "DPTModel", {"backbone_out_indices": [0, 1, 2, 2]}, {}),
+    ("DPT depth", "DPTForDepthEstimation", {**DENSE, "fusion_hidden_size": 16}, {"blocks": 4}),
+    ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, {}),
+    ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager", "blocks": None, "refused": "has 4 dimensions"}),
+    ("SAM vision", "SamVisionModel", FACE_SAM, {"refused": "has 4 dimensions"}),
+    ("Swin", "SwinModel", {**FACE_SWIN, "window_size": 4}, {"blocks": 2, "refused": "windows"}),
 )
 
 
+def hugging_face(name: str, options: Options, attention: str) -> nn.Module:
+    """A Hugging Face model of that class."""
+    import transformers
+
+    kind = getattr(transformers, name)
+    config = kind.config_class(**{**FACE, **options} if "embed_dim" not in options else options)
+    config._attn_implementation = attention
+    model: nn.Module = kind(config)
+    return model
+
+
 def _hugging_face_entries() -> Iterator[Entry]:
-    for label, name, options, inputs in HUGGING_FACE:
-        for attention in BOTH:
+    for label, name, options, given in HUGGING_FACE:
+        own = dict(given)
+        for attention in own.pop("attention", "sdpa eager").split():
             build = partial(hugging_face, name, options, attention)
-            yield Entry(f"{label}, {attention}", f"transformers {name}", build, inputs=inputs)
+            yield Entry(f"{label}, {attention}", f"transformers {name}", build, **own)
 
 
-def entries() -> list[Entry]:
-    """All models of the table."""
-    return [
-        *_timm_entries(),
-        Entry("VisionTransformer", "torchvision", _torchvision),
-        *_hugging_face_entries(),
-    ]
+QUICK = (
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2", "test_vit3",
+    "vit_small_patch16_18x2_224", "vit_base_patch16_xp_224", "vit_base_patch16_rpn_224", "beit_base_patch16_224",
+    "eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224",
+    "vit_relpos_base_patch16_cls_224", "cait_xxs24_224", "naflexvit_base_patch16_gap", "vitamin_small_224",
+    "vit_medium_patch16_gap_256, unfused", "torchvision ViT", "ViT, sdpa", "DINOv2 with registers, eager",
+    "CLIP vision, eager", "DPT depth, sdpa", "swin_tiny_patch4_window7_224", "convit_tiny", "resnet10t",
+)  # fmt: skip
+
+
+def entries(*, quick: bool = False) -> list[Entry]:
+    """All models of the table, or the few that stand for them."""
+    every = [*_timm_entries(), Entry("torchvision ViT", "torchvision", _torchvision), *_hugging_face_entries()]
+    return [entry for entry in every if not quick or entry.label in QUICK]

@@ -37,6 +37,7 @@ class Attention(TorchFunctionMode):
         self.batch, self.tokens, self.hidden = batch, tokens, hidden
         self.found: list[tuple[Tensor, Tensor]] = []
         self._product: tuple[Tensor, Tensor] | None = None
+        self._weighs = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,11 +48,21 @@ class Attention(TorchFunctionMode):
         if func in SOFTMAXES and self._product is not None and args[0].shape[-1] == self.tokens:
             q, k = self._product
             self._find(q, k.transpose(-2, -1))
-            self._product = None
-            return func(self._masked(args[0]), *args[1:], **kwargs)
-        result = func(*args, **kwargs)
-        if func in PRODUCTS and result.shape[-2:] == (self.tokens, self.tokens):
-            a, b = PRODUCTS[func]
+            self._product, self._weighs = None, True
+            return func(self._hide(args[0], -1, -math.inf), *args[1:], **kwargs)
+        if func in PRODUCTS:
+            return self._multiply(func, list(args), kwargs)
+        return func(*args, **kwargs)
+
+    def _multiply(self, func: Any, args: list[Any], kwargs: Any) -> Tensor:
+        """A product of queries and keys, which is remembered, or of weights and values, which lose the hidden ones."""
+        a, b = PRODUCTS[func]
+        square = (self.tokens, self.tokens)
+        if self._weighs and args[a].shape[-2:] == square:
+            self._weighs = False
+            args[b] = self._hide(args[b], -2, 0)
+        result: Tensor = func(*args, **kwargs)
+        if result.shape[-2:] == square:
             self._product = args[a], args[b]
         return result
 
@@ -59,11 +70,13 @@ class Attention(TorchFunctionMode):
         q, k = (x.reshape(self.batch, -1, self.tokens, x.shape[-1]) for x in (q, k))
         self.found.append((q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)))
 
-    def _masked(self, logits: Tensor) -> Tensor:
+    def _hide(self, x: Tensor, dim: int, fill: float) -> Tensor:
+        """Fill the hidden keys along a dimension of logits or values (B, …)."""
         if self.hidden is None:
-            return logits
-        hidden = self.hidden.repeat_interleave(logits.shape[0] // self.batch, 0)
-        return logits.masked_fill(hidden.view(-1, *(1,) * (logits.ndim - 2), self.tokens), -math.inf)
+            return x
+        shape = [-1, *(1,) * (x.ndim - 1)]
+        shape[dim] = self.tokens
+        return x.masked_fill(self.hidden.repeat_interleave(x.shape[0] // self.batch, 0).view(shape), fill)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         if k.shape[-2] == self.tokens == q.shape[-2]:
@@ -71,7 +84,8 @@ class Attention(TorchFunctionMode):
             mask = q.new_zeros(*(1,) * (q.ndim - 1), self.tokens) if attn_mask is None else attn_mask
             if mask.dtype == torch.bool:
                 mask = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
-            attn_mask = self._masked(mask.expand(q.shape[0], *mask.shape[1:] if mask.ndim == q.ndim else mask.shape))
+            mask = mask.expand(q.shape[0], *mask.shape[1:] if mask.ndim == q.ndim else mask.shape)
+            attn_mask = self._hide(mask, -1, -math.inf)
         return F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
 
     def _multi_head(

@@ -3,16 +3,14 @@
 1. `einsum` of two operands becomes a matrix product between permutations.
 2. `baddbmm` becomes a batched product and a sum.
 3. An operation that overwrites a tensor nobody else holds becomes the one that makes a new tensor.
-4. An attention mask that masks nothing, and that no input decides, is left out: with a mask, fast attention is.
-5. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
-6. What does not fit these rules stays, for `axes` to accept or to refuse.
+4. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
+5. What does not fit these rules stays, for `axes` to accept or to refuse.
 """
 
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_arg
 
 from idlefx import layouts as lay
 from idlefx.graph import Call, remove_dead
@@ -35,8 +33,6 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 _replace(node, _product(graph, node))
             elif node.target is aten.baddbmm.default:
                 _replace(node, _product_and_sum(graph, node))
-            elif node.target is aten.scaled_dot_product_attention.default:
-                _drop_idle_mask(module, node)
             elif node.target in _CONVERSIONS:
                 _replace(node, _unconverted(node))
             else:
@@ -135,32 +131,3 @@ def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:
 def _is_view(node: Call) -> bool:
     schema: Any = getattr(node.target, "_schema", None)
     return schema is not None and not schema.is_mutable and any(a.alias_info for a in schema.arguments)
-
-
-def _drop_idle_mask(module: fx.GraphModule, node: Call) -> None:
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    if not isinstance(mask, fx.Node):
-        return
-    value = _constant(module, mask)
-    idle = value is not None and bool(value.all() if value.dtype == torch.bool else (value == 0).all())
-    if idle:
-        node.args = (*node.args[:3], None, *node.args[4:])
-        node.kwargs = {key: arg for key, arg in node.kwargs.items() if key != "attn_mask"}
-
-
-def _constant(module: fx.GraphModule, node: Call) -> Any:
-    """The value of a node that only sizes decide, for a batch of two; None if an input or a parameter does."""
-    order, stack = list[Call](), [node]
-    while stack:
-        current = stack.pop()
-        if not isinstance(current.meta.get("val"), torch.Tensor):
-            continue  # a size: the batch is two
-        if current.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ()):
-            return None
-        order.append(current)
-        stack += current.all_input_nodes
-    values: dict[Call, Any] = {}
-    for current in sorted(set(order), key=list(module.graph.nodes).index):
-        args, kwargs = map_arg((current.args, current.kwargs), lambda n: values[n] if n in values else lay.number(n, 2))
-        values[current] = current.target(*args, **kwargs)
-    return values[node]

@@ -4,8 +4,14 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from models import MODELS, Spec, build
 from torch import nn
+
+SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **SLOW)
+settings.register_profile("thorough", max_examples=250, **SLOW)
+settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

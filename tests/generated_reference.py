@@ -12,7 +12,9 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from generated import MULTIHEAD, TOKENS_BEFORE_HEADS, Attention, Block, ViT
+from generated import Block, ViT
+from generated_attention import Attention
+from generated_config import MULTIHEAD, TOKENS_BEFORE_HEADS
 from torch import Tensor
 
 
@@ -51,12 +53,15 @@ def attend(
     first = attention.config.tokens_first
     x, positions = (y.transpose(0, 1) if first and y is not None else y for y in (x, positions))
     q, k, v = heads_of(attention, x, positions)
-    scale = attention.temperature.exp() if attention.config.scale == "learned" else attention.scale
+    scale = attention.temperature.exp() if attention.config.scale.startswith("learned") else attention.scale
     logits = q @ k.transpose(-2, -1) * scale
     bias, seen = attention.bias(), attention.seen_keys(x.shape[1], valid)
     logits = attention.talk(logits if bias is None else logits + bias, attention.before)
     logits = logits if attention.added is None else logits + attention.added
-    seen = works[:, None, None] if seen is None else works[:, None, None] & seen
+    # Idle tokens see themselves too, so that their rows, which nobody reads, stay finite.
+    alone = torch.eye(x.shape[1], dtype=torch.bool)
+    working = works[:, None, None] | alone
+    seen = working if seen is None else working & seen
     weights = attention.talk(logits.masked_fill(~seen, -math.inf).softmax(-1), attention.after)
     out = (weights @ v).transpose(1, 2).flatten(2)
     out = attention.attention.out_proj(out) if attention.config.core in MULTIHEAD else attention.out(out)
