@@ -4,6 +4,7 @@ Where both are, the mean logit of one query on all tokens is a dot product with 
 tokens need never be computed.
 """
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
     for step in reversed(path):
         args, kwargs = _with_numbers(step, numbers)
         numbers = _FREE.get(step.target, step.target)(*args, **kwargs)
+    if math.prod(f.size for dim in walk[node] for f in dim if f.role == "batch") != lay.BATCH:
+        return None  # the batch of the block is not that of the image, or is fixed
     return _pattern(current, _by_token(numbers, walk[node], _BATCH))
 
 

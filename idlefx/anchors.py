@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from idlefx.graph import Call, carries_tensors, value
+from idlefx.graph import Call, image_data, value
 from idlefx.layouts import Layout
 
 aten = torch.ops.aten
@@ -130,10 +130,7 @@ class Core:
 def find_cores(graph: fx.Graph) -> list[Core]:
     """Every attention of a normalised graph, in graph order; those that stay spelled out with their map too."""
     nodes: list[Call] = list(graph.nodes)
-    data: set[Call] = set()
-    for node in nodes:
-        if carries_tensors(node) and (node.op == "placeholder" or any(i in data for i in node.all_input_nodes)):
-            data.add(node)
+    data = image_data(graph)
     found = []
     for node in nodes:
         if node.target is aten.scaled_dot_product_attention.default:

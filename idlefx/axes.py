@@ -257,6 +257,28 @@ def flatten(walk: Walk, node: Call) -> Layout:
     return found if found is not None else refuse(node, "breaks up the token axis")
 
 
+@rule(aten.expand_as.default)
+def expand_as(walk: Walk, node: Call) -> Layout:
+    """Repeat dimensions of size one until the shape is that of another tensor."""
+    return broadcast(walk, node, node.args[:2], len(sizes_of(node)))
+
+
+@rule(aten.conv1d.default)
+def convolution(walk: Walk, node: Call) -> Layout:
+    """One token at a time if the kernel covers one; else it mixes neighbours."""
+    layout, weight = walk[node.args[0]], node.args[1]
+    if sizes_of(weight)[2] != 1 or sizes_of(node)[2] != lay.size(layout[2]):
+        refuse(node, "convolves over neighbouring tokens")
+    need_features(node, layout, [1], "contracts")
+    return (layout[0], lay.features(sizes_of(node)[1]), layout[2])
+
+
+@rule(aten.conv2d.default, aten.conv2d.padding)
+def convolution_2d(walk: Walk, node: Call) -> Layout:
+    """A grid of patches, whose neighbours are mixed."""
+    return refuse(node, "convolves over neighbouring tokens")
+
+
 @rule(aten.expand.default)
 def expand(walk: Walk, node: Call) -> Layout:
     """Repeat dimensions of size one."""

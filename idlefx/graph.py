@@ -70,6 +70,15 @@ def carries_tensors(node: fx.Node) -> bool:
     return many or isinstance(val, torch.Tensor)
 
 
+def image_data(graph: fx.Graph) -> set[Call]:
+    """The nodes whose tensors are computed from an input, and not from parameters alone."""
+    data: set[Call] = set()
+    for node in graph.nodes:
+        if carries_tensors(node) and (node.op == "placeholder" or any(i in data for i in node.all_input_nodes)):
+            data.add(node)
+    return data
+
+
 def data_flow(graph: fx.Graph, source: fx.Node) -> nx.DiGraph:
     """The flow of tensors from one input, ending in `SINK`.
 

@@ -125,13 +125,17 @@ def _reach(
 
 
 def _common_tail(reaches: list[_Reach]) -> list[Any]:
-    """What follows every sum all through the model, as the norm of post-norm models does; not what follows one."""
+    """What follows every sum all through the model, as the norm of post-norm models does; not what follows one.
+
+    Nor a further sum: a position embedding that is added in front of every block is not of the block before.
+    """
     tails = [tail for reach in reaches for tail in reach.tails]
     common = tails[0] if tails else []
     for tail in tails[1:]:
         same = [a == b for a, b in zip(common, tail, strict=False)]
         common = common[: same.index(False) if False in same else len(same)]
-    return common
+    sums = [at for at, target in enumerate(common) if target in _ADDITIONS]
+    return common[: sums[0]] if sums else common
 
 
 def _exit(reach: _Reach, leading: int, tail: list[Any]) -> fx.Node:

@@ -1,7 +1,7 @@
 """Write operations that say several things at once as operations that say one.
 
 1. `einsum` of two operands becomes a matrix product between permutations.
-2. `baddbmm` becomes a batched product and a sum.
+2. A product with an outside matrix becomes a linear layer; `baddbmm` becomes a batched product and a sum.
 3. An operation that overwrites a tensor nobody else holds becomes the one that makes a new tensor.
 4. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
 5. What does not fit these rules stays, for `axes` to accept or to refuse.
@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from idlefx import layouts as lay
-from idlefx.graph import Call, remove_dead
+from idlefx.graph import Call, image_data, remove_dead
 from idlefx.rebuild import emit
 from idlefx.records import Plan
 
@@ -27,12 +27,15 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite what has a simpler spelling; the plan does not matter."""
     del plan
     graph = module.graph
+    data = image_data(graph)
     for node in list(graph.nodes):
         with graph.inserting_before(node):
             if node.target is aten.einsum.default:
                 _replace(node, _product(graph, node))
             elif node.target is aten.baddbmm.default:
                 _replace(node, _product_and_sum(graph, node))
+            elif node.target in (aten.matmul.default, aten.mm.default, aten.addmm.default):
+                _replace(node, _linear(graph, node, data))
             elif node.target in _CONVERSIONS:
                 _replace(node, _unconverted(node))
             else:
@@ -107,6 +110,15 @@ def _unconverted(node: Call) -> fx.Node | None:
     before, after = node.args[0].meta["val"], node.meta["val"]
     same = all(getattr(before, what) == getattr(after, what) for what in ("dtype", "device", "layout"))
     return node.args[0] if same else None
+
+
+def _linear(graph: fx.Graph, node: Call, data: set[Call]) -> fx.Node | None:
+    bias, x, weight = (None, *node.args[:2]) if node.target is not aten.addmm.default else node.args[:3]
+    plain = len(weight.meta["val"].shape) == 2 and (bias is None or len(bias.meta["val"].shape) == 1)
+    if not plain or x not in data or weight in data or bias in data or node.kwargs:
+        return None
+    turned = emit(graph, aten.t.default, weight, name="weight", like=node)
+    return emit(graph, aten.linear.default, x, turned, bias, name="linear", like=node)
 
 
 def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:
