@@ -1,4 +1,4 @@
-"""The shell: `python -m idlefx inspect | convert | bench | draw`."""
+"""The shell: `python -m idlefx inspect | convert | bench | draw | zoo`."""
 
 import argparse
 import sys
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import idlefx
+from idlefx import zoo
 from idlefx.bench import bench, call, present
 from idlefx.errors import IdleFxError
 from idlefx.files import whole_file
@@ -23,17 +24,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0 if it succeeded and 2 if it was refused."""
+    """Run one command; returns 0 if it succeeded, 1 if `zoo` found a failure, 2 if the command was refused."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        status: int = options.command(options) or 0
     except IdleFxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -67,6 +68,15 @@ def _bench(options: argparse.Namespace) -> None:
 def _draw(options: argparse.Namespace) -> None:
     model = _model(options)
     print(idlefx.draw(_idle(options, model, _example(options, model)), options.images, options.out))
+
+
+def _zoo(options: argparse.Namespace) -> int:
+    with whole_file(options.markdown) if options.markdown else nullcontext() as partial:
+        rows = zoo.survey(zoo.find(options.only, quick=options.quick))
+        print(zoo.render(rows))
+        if partial:
+            partial.write_text(zoo.render(rows, "github"))
+    return int(any(row.failure for row in rows))
 
 
 def _model(options: argparse.Namespace) -> nn.Module:
@@ -103,7 +113,7 @@ def _largest_difference(model: nn.Module, idle: nn.Module, example: Any) -> floa
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m idlefx", description="Vision Transformers whose tokens may idle.")
-    commands = parser.add_subparsers(required=True, metavar="inspect | convert | bench | draw")
+    commands = parser.add_subparsers(required=True, metavar="inspect | convert | bench | draw | zoo")
 
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument("--model", required=True, help="a timm name, or package.module:callable")
@@ -145,6 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("images", nargs="+", metavar="IMAGE", help="photographs; name them before the options")
     draw.add_argument("--out", required=True, metavar="FILE", help="a png, pdf or svg")
     draw.set_defaults(command=_draw)
+
+    table = commands.add_parser("zoo", help="the compatibility table: small models of every library, each checked")
+    table.add_argument("--only", default="", metavar="PATTERN", help="models or families that match")
+    table.add_argument("--quick", action="store_true", help="one model for each way of building them")
+    table.add_argument("--markdown", metavar="FILE", help="write the table as Markdown too")
+    table.set_defaults(command=_zoo)
     return parser
 
 

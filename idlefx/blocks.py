@@ -30,7 +30,6 @@ from idlefx.graph import (
     source_line,
     value,
 )
-from idlefx.layouts import Layout
 from idlefx.macs import count_macs
 from idlefx.prefix import class_token, prefix_positions, read_by_head
 from idlefx.rebuild import Subset
@@ -76,16 +75,7 @@ def find_blocks(module: fx.GraphModule, prefix: int | Sequence[int] | None = Non
     for trunk in trunks:
         blocks.append(_describe(flow, trunk, len(blocks), known, prefix))
         known[trunk.exit] = trunk.entry
-    return BlockTable(tuple(_with_class_token(graph, blocks)), count_macs(graph.nodes))
-
-
-def entry_layout(stream: fx.Node, token_dim: int, batch_dim: int) -> Layout:
-    """The layout of the residual stream (tokens, batch and features, in any order)."""
-    sizes = lay.sizes(stream.meta["val"])
-    return tuple(
-        lay.tokens(size) if d == token_dim else (lay.Factor(size, "batch"),) if d == batch_dim else lay.features(size)
-        for d, size in enumerate(sizes)
-    )
+    return BlockTable(tuple(_with_class_token(graph, blocks, prefix is not None)), count_macs(graph.nodes))
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def open_block(graph: fx.Graph, block: Block) -> Opened:
     entry, leave = names[block.entry], names[block.exit]
     flow = data_flow(graph, image_input(graph))
     nodes = region(flow, entry, leave)
-    walk = follow(nodes, {entry: entry_layout(entry, block.token_dim, block.batch_dim)})
+    walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dim, block.batch_dim)})
     cores = tuple(core for core in find_cores(graph) if core.out.name in block.cores)
     return Opened(entry, leave, cores, nodes, walk, flow)
 
@@ -192,7 +182,7 @@ def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
     refusals = []
     for batch_dim in symbolic or [0, 1]:
         for token_dim in [d for d in range(2) if d != batch_dim] + [2]:
-            layout = entry_layout(trunk.entry, token_dim, batch_dim)
+            layout = lay.stream(shape_of(trunk.entry), token_dim, batch_dim)
             try:
                 walk = follow(nodes, {trunk.entry: layout})
             except UnknownOperation as refusal:
@@ -217,7 +207,7 @@ def _cannot_be_cut(walk: Walk, block: Block) -> str:
     return ""
 
 
-def _with_class_token(graph: fx.Graph, blocks: list[Block]) -> Iterable[Block]:
+def _with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) -> Iterable[Block]:
     """Add which prefix token the head reads, as far as the token sequence stays the same up to the head."""
     last = next((b for b in reversed(blocks) if b.tokens), None)
     if last is None:
@@ -225,6 +215,13 @@ def _with_class_token(graph: fx.Graph, blocks: list[Block]) -> Iterable[Block]:
     leave = by_name(graph)[last.exit]
     nodes = list(graph.nodes)
     after = nodes[nodes.index(leave) + 1 :]
-    reads = read_by_head(after, leave, entry_layout(leave, last.token_dim, last.batch_dim))
+    reads = read_by_head(after, leave, lay.stream(shape_of(leave), last.token_dim, last.batch_dim))
+    strange = [min(one) for one in reads if len(one) == 1 and not one <= set(last.prefix)]
+    if strange and not prefix_given:
+        reason = (
+            f"the head reads token {strange[0]} alone, but images flow into it before the first block, so it may be "
+            "no prefix token; say which tokens are, with prefix="
+        )
+        return [b if b.refusal or b.tokens != last.tokens else replace(b, refusal=reason) for b in blocks]
     token = class_token(last.prefix, reads)
     return [replace(b, class_token=token if token in b.prefix else None) for b in blocks]

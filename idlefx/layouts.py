@@ -56,6 +56,14 @@ def tokens(count: int) -> Dim:
     return (Factor(count, "tokens", ((0, count),)),)
 
 
+def stream(shape: list[int], token_dim: int, batch_dim: int) -> Layout:
+    """The layout of a residual stream: tokens, batch and features, in any order."""
+    return tuple(
+        tokens(size) if d == token_dim else (Factor(size, "batch"),) if d == batch_dim else features(size)
+        for d, size in enumerate(shape)
+    )
+
+
 def size(dim: Dim) -> int:
     """The size of a dimension."""
     return math.prod(f.size for f in dim)

@@ -7,9 +7,9 @@ import torch
 from torch import fx
 
 from idlefx import layouts as lay
-from idlefx.axes import rule_of
+from idlefx.axes import follow, rule_of
 from idlefx.errors import UnknownOperation
-from idlefx.graph import Call, value
+from idlefx.graph import Call, dominator_chain, region, shape_of, value
 from idlefx.layouts import Layout
 from idlefx.walk import Walk
 
@@ -52,11 +52,36 @@ def _from_image(flow: nx.DiGraph, node: Call, dim: int, blocks: Mapping[fx.Node,
         return _from_image(flow, args[0], order[dim], blocks)
     if target is aten.permute.default:
         return _from_image(flow, args[0], args[1][dim], blocks)
-    is_whole = target is aten.slice.Tensor and lay.sizes(args[0].meta["val"]) == lay.sizes(tensor)
-    if is_whole or target in _ROWWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
+    if target is aten.slice.Tensor:
+        at, start, stop, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+        given = _from_image(flow, args[0], dim, blocks)
+        return given[start:stop:step] if at % tensor.ndim == dim else given
+    before = _before_rowwise(flow, node, dim) if sum(i in flow for i in node.all_input_nodes) > 1 else None
+    if before is not None:
+        return _from_image(flow, before, dim, blocks)
+    if target in _ROWWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
         operands = [_operand(flow, i, tensor.ndim, dim, count, blocks) for i in node.all_input_nodes if i in flow]
         return [any(column) for column in zip(*operands, strict=True)]
     return [True] * count
+
+
+def _before_rowwise(flow: nx.DiGraph, node: fx.Node, dim: int) -> fx.Node | None:
+    """Where a region in front of `node` begins that works on each token by itself, such as an MLP and its sum."""
+    source = next(n for n in flow if flow.in_degree(n) == 0)
+    shape = shape_of(node)
+    start = next(
+        (n for n in dominator_chain(flow, source, node) if value(n) is not None and shape_of(n) == shape), None
+    )
+    if start is None or lay.BATCH not in shape or len(shape) != 3:
+        return None
+    nodes = region(flow, start, node)
+    mixing = (aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default)
+    layout = lay.stream(shape, dim, shape.index(lay.BATCH))
+    try:
+        walk = follow(nodes, {start: layout})
+    except UnknownOperation:
+        return None
+    return start if walk[node] == layout and not any(n.target in mixing for n in nodes) else None
 
 
 def _operand(

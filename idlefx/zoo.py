@@ -14,16 +14,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from idlefx import zoo_reference as reference
-from idlefx.errors import IdleFxError
+from idlefx.errors import IdleFxError, InputError
 from idlefx.inputs import guess_inputs
 from idlefx.module import IdleModule, selections
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable
-from idlefx.zoo_models import Entry, Inputs, images
+from idlefx.zoo_models import Entry, Inputs, entries, images
 
 EXAMPLE_BATCH, BATCH = 2, 3
 TOLERANCE = 1e-5
 TIE = 1e-4
+WIDTHS = {"simple": [None] * 7 + [60], "github": None}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Row:
         batch: "free", or the only batch size the result takes.
         note: What was refused and why.
         failure: What is wrong; empty where the model converts right, or is refused for the reason expected.
+        missing: Whether its library is not installed.
     """
 
     label: str
@@ -51,6 +53,7 @@ class Row:
     batch: str = ""
     note: str = ""
     failure: str = ""
+    missing: bool = False
 
 
 def check(entry: Entry) -> Row:
@@ -59,7 +62,7 @@ def check(entry: Entry) -> Row:
     try:
         model = entry.make()
     except ImportError as missing:
-        return Row(**row, note=f"not tried: {missing.name or missing} is not installed")
+        return Row(**row, note=f"not tried: {missing.name or missing} is not installed", missing=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -175,10 +178,25 @@ def largest_difference(expected: Any, actual: Any, *, relative: bool = True) -> 
     return max(found) if all(value == value for value in found) else float("nan")
 
 
-def survey(entries: Sequence[Entry]) -> list[Row]:
+def find(pattern: str = "", *, quick: bool = False) -> list[Entry]:
+    """The entries whose label or family matches a regular expression.
+
+    Raises:
+        InputError: No entry does, or it is no regular expression.
+    """
+    try:
+        found = [e for e in entries(quick=quick) if re.search(pattern, f"{e.label} {e.family}", re.IGNORECASE)]
+    except re.error as error:
+        raise InputError(f"zoo: {pattern!r} is not a regular expression: {error}") from error
+    if not found:
+        raise InputError(f"zoo: no model or family matches {pattern!r}; without a pattern all are tried")
+    return found
+
+
+def survey(models: Sequence[Entry]) -> list[Row]:
     """A row for each model, with a progress bar."""
     rows = []
-    with tqdm(entries, unit="model") as bar:
+    with tqdm(models, unit="model") as bar:
         for entry in bar:
             bar.set_postfix_str(entry.label)
             rows.append(check(entry))
@@ -186,7 +204,8 @@ def survey(entries: Sequence[Entry]) -> list[Row]:
 
 
 def render(rows: Iterable[Row], style: str = "simple") -> str:
-    """The table, for a terminal or with `style="github"` as Markdown."""
+    """The table and a line that sums it up, for a terminal or with `style="github"` as Markdown."""
+    rows = list(rows)
     cells = [
         (
             row.label, row.family, row.found or "-", row.can_idle if row.found else "-",
@@ -197,4 +216,17 @@ def render(rows: Iterable[Row], style: str = "simple") -> str:
         for row in rows
     ]  # fmt: skip
     headers = ("model", "family", "blocks", "can idle", "keep-all error", "reference error", "batch", "note")
-    return tabulate(cells, headers, tablefmt=style, disable_numparse=True)
+    table: str = tabulate(cells, headers, tablefmt=style, disable_numparse=True, maxcolwidths=WIDTHS[style])
+    return f"{table}\n\n{_summary(rows)}\n"
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    converted = [row for row in rows if row.reference is not None and not row.failure]
+    failed = sum(bool(row.failure) for row in rows)
+    missing = sum(row.missing for row in rows)
+    refused = len(rows) - len(converted) - failed - missing
+    parts = [f"{len(converted)} of {len(rows)} models convert", f"{refused} are refused for the reason given"]
+    parts += [f"{missing} were not tried"] if missing else []
+    parts += [f"{failed} FAIL"] if failed else []
+    worst = max((row.reference or 0.0 for row in converted), default=0.0)
+    return f"{', '.join(parts)}. Largest reference error {worst:.0e}."
