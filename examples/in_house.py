@@ -91,7 +91,7 @@ def build() -> nn.Module:
 def masked_reference(model: nn.Module, image: Tensor, kept: dict[int, Tensor]) -> Tensor:
     """Idling as masks: in a block the idle tokens are no keys, and their own update is thrown away."""
 
-    def idling(block: nn.Module, index: Tensor):  # noqa: ANN202
+    def idling(block: nn.Module, index: Tensor):
         plain = block.forward
 
         def forward(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

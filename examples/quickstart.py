@@ -1,10 +1,11 @@
 """Let the uninformative tokens of DeiT-S idle, on one real photograph."""
 
-import os
 import urllib.error
 import urllib.request
 
+import timm
 import torch
+from huggingface_hub import constants
 from matplotlib import cbook
 from PIL import Image
 
@@ -17,11 +18,9 @@ PICTURE = "quickstart.png"
 def dense_model() -> torch.nn.Module:
     """DeiT-S with its published weights if the hub answers, with random ones otherwise."""
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3).close()
+        urllib.request.urlopen(constants.ENDPOINT, timeout=3).close()
     except (urllib.error.URLError, TimeoutError):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # look into the cache only, instead of retrying for a minute
-    import timm  # reads that variable when it is imported
-
+        constants.HF_HUB_OFFLINE = True  # look into the cache only, instead of retrying for a minute
     torch.manual_seed(0)
     name = "deit_small_patch16_224"
     try:

@@ -11,7 +11,7 @@ from idlefx.axes import follow, rule_of
 from idlefx.errors import UnknownOperation
 from idlefx.graph import Call, dominator_chain, region, shape_of, value
 from idlefx.layouts import Layout
-from idlefx.walk import Walk
+from idlefx.walk import Walk, argument
 
 aten = torch.ops.aten
 _ROWWISE = (aten.layer_norm.default, aten.rms_norm.default, aten.linear.default, aten.dropout.default,
@@ -53,9 +53,8 @@ def _from_image(flow: nx.DiGraph, node: Call, dim: int, blocks: Mapping[fx.Node,
     if target is aten.permute.default:
         return _from_image(flow, args[0], args[1][dim], blocks)
     if target is aten.slice.Tensor:
-        at, start, stop, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
-        given = _from_image(flow, args[0], dim, blocks)
-        return given[start:stop:step] if at % tensor.ndim == dim else given
+        given, cut = _from_image(flow, args[0], dim, blocks), slice(*(argument(node, i, "") for i in (2, 3, 4)))
+        return given[cut] if argument(node, 1, "dim", 0) % tensor.ndim == dim else given
     before = _before_rowwise(flow, node, dim) if sum(i in flow for i in node.all_input_nodes) > 1 else None
     if before is not None:
         return _from_image(flow, before, dim, blocks)

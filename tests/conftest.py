@@ -4,11 +4,15 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from models import MODELS, Spec, build
 from torch import nn
 
-SLOW = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+SLOW = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "phases": [phase for phase in Phase if phase is not Phase.explain],
+}
 settings.register_profile("ci", max_examples=25, derandomize=True, database=None, **SLOW)
 settings.register_profile("thorough", max_examples=250, **SLOW)
 settings.load_profile("ci")

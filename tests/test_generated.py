@@ -77,7 +77,7 @@ def check_table(blocks: idlefx.BlockTable, config: Config) -> None:
             assert found == (config.image_tokens, config.prefix_at(block.index), config.class_at(block.index))
         else:
             assert re.search(REASONS[config.unfit], block.refusal), block.refusal
-            assert "generated.py" in block.refusal, block.refusal
+            assert re.search(r"generated\w*\.py:\d+: ", block.refusal), block.refusal
 
 
 def check(config: Config, keep: dict[int, float]) -> bool:
