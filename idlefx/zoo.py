@@ -58,7 +58,7 @@ class Row:
 
 def check(entry: Entry) -> Row:
     """Convert a model and hold it against itself and the reference."""
-    row = {"label": entry.label, "family": entry.family}
+    row: dict[str, Any] = {"label": entry.label, "family": entry.family}
     try:
         model = entry.make()
     except ImportError as missing:
@@ -69,19 +69,18 @@ def check(entry: Entry) -> Row:
             return _check(entry, model, row)
     except IdleFxError as refusal:
         expected = entry.refused and re.search(entry.refused, str(refusal))
-        note, failure = f"refused: {refusal}", "" if expected else f"refused unexpectedly: {refusal}"
+        note, failure = _note([str(refusal)]), "" if expected else f"refused unexpectedly: {refusal}"
         return Row(**row, note=note, failure=failure)
     except Exception as error:  # one broken model must not hide the others
         return Row(**row, failure=f"{type(error).__name__}: {error}")
 
 
-def _check(entry: Entry, model: nn.Module, row: dict[str, str]) -> Row:
+def _check(entry: Entry, model: nn.Module, row: dict[str, Any]) -> Row:
     example = inputs_of(entry, model, EXAMPLE_BATCH)
     table = inspect(model, example)
     able = [block for block in table if block.can_idle]
     counts: dict[str, Any] = {**row, "found": len(table), "can_idle": len(able)}
-    reasons = dict.fromkeys(block.refusal for block in table if not block.can_idle)
-    counts["note"] = "; ".join(f"refused: {reason}" for reason in reasons)
+    counts["note"] = _note([block.refusal for block in table if not block.can_idle])
     failure = _blocks_failure(entry, table)
     if failure or not able:
         return Row(**counts, failure=failure)
@@ -96,6 +95,14 @@ def _check(entry: Entry, model: nn.Module, row: dict[str, str]) -> Row:
     answer = compare(model, idle, table, batch)
     counts |= {"keep_all": keep_all, "reference": answer.error, "batch": "free" if free else f"only {EXAMPLE_BATCH}"}
     return Row(**counts, failure=_value_failure(keep_all, answer))
+
+
+def _note(refusals: Sequence[str]) -> str:
+    """How many blocks are refused, and why the first of them is, with the file's name only."""
+    if not refusals:
+        return ""
+    reason = re.sub(r"\(at \S*?([^/\s]+:\d+).*$", r"(\1)", refusals[0])
+    return f"{len(refusals)} refused: {reason}"
 
 
 def _blocks_failure(entry: Entry, table: BlockTable) -> str:

@@ -158,12 +158,12 @@ def timm_model(name: str, options: Options, *, fused: bool = True) -> nn.Module:
     """A timm model; `fused=False` writes its attention as matmul, softmax, matmul."""
     import timm
 
-    before = timm.layers.use_fused_attn()
-    timm.layers.set_fused_attn(fused)
+    before = timm.layers.config.use_fused_attn()
+    timm.layers.config.set_fused_attn(fused)
     try:
         model: nn.Module = timm.create_model(name, **options)
     finally:
-        timm.layers.set_fused_attn(bool(before))
+        timm.layers.config.set_fused_attn(bool(before))
     return model
 
 

@@ -33,7 +33,7 @@ class Attention(TorchFunctionMode):
     """
 
     def __init__(self, batch: int, tokens: int, hidden: Tensor | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.batch, self.tokens, self.hidden = batch, tokens, hidden
         self.found: list[tuple[Tensor, Tensor]] = []
         self._product: tuple[Tensor, Tensor] | None = None
@@ -135,10 +135,9 @@ def look(model: nn.Module, paths: Sequence[str], call: Callable[[], Any]) -> dic
     with ExitStack() as stack:
         for path in paths:
 
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> Any:
-                inputs[path] = x = _stream((args, kwargs))
-                streams[path] = _stream(output, x.shape).detach().requires_grad_()
-                return tree_map_only(Tensor, lambda t: streams[path] if t.shape == x.shape else t, output)
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                inputs[path] = _stream((args, kwargs))
+                streams[path] = _stream(output, inputs[path].shape)
 
             stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
         with torch.enable_grad():
