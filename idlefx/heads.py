@@ -16,6 +16,7 @@ from idlefx import ops
 from idlefx.affine import Projection, projection
 from idlefx.blocks import Opened
 from idlefx.errors import PlanError
+from idlefx.graph import region
 from idlefx.layouts import Layout
 from idlefx.rebuild import Rebuilder, Subset, emit
 from idlefx.records import Block, Step
@@ -74,11 +75,20 @@ class Head:
             return self._emit(
                 ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.block.prefix, 2, name="query"
             )
+        if self._is_nested():
+            everyone = self._heads(self.all_tokens, keys=False)
+            return self._emit(aten.slice.Tensor, everyone, 2, position, position + 1, name="query")
         dims = (self.block.token_dim, self.block.batch_dim)
         token = self._emit(aten.slice.Tensor, entry, dims[0], position, position + 1, name="class_token")
         index = self._emit(ops.fixed_tokens, entry, (position,), dims[1], name="class_index")
         alone = Subset(index, (position,), (), 0)
         return self._heads(Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_"), keys=False)
+
+    def _is_nested(self) -> bool:
+        """Whether an attention stands in front of another's query, which then needs all tokens and not its own."""
+        outs = {core.out for core in self.opened.cores}
+        before = (region(self.opened.flow, self.opened.entry, core.query) for core in self.opened.cores)
+        return any(not outs.isdisjoint(nodes) for nodes in before)
 
     def _heads(self, rebuild: Rebuilder, *, keys: bool) -> fx.Node:
         """Queries or keys of all attention cores, (B, H, N, D)."""

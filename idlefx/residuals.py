@@ -5,7 +5,9 @@ branches up to the next attention, such as the MLP, belong to the block before i
 fewer of them behind it than the others, as where each block has its MLP first.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import networkx as nx
@@ -13,7 +15,7 @@ import torch
 from torch import fx
 
 from idlefx.anchors import Core
-from idlefx.graph import Call, dominator_chain, leaks, post_dominator_chain, region, shape_of
+from idlefx.graph import Call, dominator_chain, leaks, post_dominator_chain, region, shape_of, value
 
 aten = torch.ops.aten
 
@@ -49,7 +51,12 @@ class _Reach:
     cores: list[Core]
     stream: list[fx.Node]
     sums: list[int]
-    tails: list[list[Any]]
+    tails: list[list[fx.Node]]
+
+    @property
+    def pattern(self) -> tuple[list[Any], ...]:
+        """The operations of the tails."""
+        return tuple([node.target for node in tail] for tail in self.tails)
 
 
 def find_trunks(flow: nx.DiGraph, source: fx.Node, cores: list[Core]) -> list[Trunk]:
@@ -68,13 +75,16 @@ def find_trunks(flow: nx.DiGraph, source: fx.Node, cores: list[Core]) -> list[Tr
             found.setdefault(entry, (end, []))[1].append(core)
     entries = sorted(found, key=list(flow).index)
     outs = {core.out for core in cores}
-    reaches = [_reach(flow, entry, *found[entry], set(entries), outs) for entry in entries]
-    tail = _common_tail(reaches)
-    leading = _leading(flow, source, reaches)
-    exits = [_exit(reach, leading if i + 1 < len(reaches) else 0, tail) for i, reach in enumerate(reaches)]
-    starts = [reach.entry for reach in reaches]
-    if leading:
-        starts = [_before(flow, source, starts[0], leading, len(tail)) or starts[0], *exits[:-1]]
+    reaches = [
+        _reach(flow, entry, *found[entry], following, outs)
+        for entry, following in zip(entries, [*entries[1:], None], strict=True)
+    ]
+    _drop_strangers(reaches)
+    tail = _common_tail(flow, reaches)
+    before = partial(_before, flow, source, tail=len(tail))
+    _give_back(reaches, before)
+    exits = [_exit(reach, tail) for reach in reaches]
+    starts = _starts(entries, exits, before, list(flow))
     return [Trunk(a, b, reach.cores) for a, b, reach in zip(starts, exits, reaches, strict=True)]
 
 
@@ -90,6 +100,11 @@ def _closed(flow: nx.DiGraph, source: fx.Node, core: Core) -> tuple[fx.Node, fx.
     return None
 
 
+def _joins(flow: nx.DiGraph, node: fx.Node) -> bool:
+    """Whether a node adds two things that come from the image, as the end of a residual connection does."""
+    return node.target in _ADDITIONS and sum(i in flow for i in node.all_input_nodes) > 1
+
+
 def _origin(node: Call, wanted: set[fx.Node]) -> fx.Node | None:
     """The first of `wanted` on the way back through operations that leave the residual stream what it is."""
     while node not in wanted:
@@ -101,55 +116,104 @@ def _origin(node: Call, wanted: set[fx.Node]) -> fx.Node | None:
 
 
 def _reach(
-    flow: nx.DiGraph, entry: fx.Node, end: fx.Node, cores: list[Core], entries: set[fx.Node], outs: set[fx.Node]
+    flow: nx.DiGraph, entry: fx.Node, end: fx.Node, cores: list[Core], following: fx.Node | None, outs: set[fx.Node]
 ) -> _Reach:
+    order = list(flow)
+    limit = order.index(following) if following is not None else len(order)
     stream = [end]
     for node in post_dominator_chain(flow, end):
-        if stream[-1] in entries or node in outs:
+        if order.index(node) > limit or node in outs:
             break
         stream.append(node)
     while len(stream) > 1 and leaks(region(flow, entry, stream[0]), stream[0]):
         stream.pop(0)  # x + attention + MLP, both of one norm: the first sum is not the whole block
     sums, tails = [0], []
     for at, node in enumerate(stream):
-        if at and node.target in _ADDITIONS and shape_of(node) == shape_of(entry):
+        if at and _joins(flow, node) and shape_of(node) == shape_of(entry):
             starts = [_origin(operand, set(stream[:at])) for operand in node.all_input_nodes]
             start = next((stream.index(s) for s in starts if s is not None and stream.index(s) >= sums[-1]), None)
-            if start is not None and sum(i in flow for i in node.all_input_nodes) > 1:
-                tails.append([n.target for n in stream[sums[-1] + 1 : start + 1]])
+            if start is not None:
+                tails.append(stream[sums[-1] + 1 : start + 1])
                 sums.append(at)
-    last = next((at for at, node in enumerate(stream) if node in entries), None)
-    if last is not None:
-        tails.append([n.target for n in stream[sums[-1] + 1 : last + 1]])
+    if stream[-1] is following:
+        tails.append(stream[sums[-1] + 1 :])
     return _Reach(entry, cores, stream, sums, tails)
 
 
-def _common_tail(reaches: list[_Reach]) -> list[Any]:
+def _drop_strangers(reaches: list[_Reach]) -> None:
+    """Leave out residual branches that follow a block but are none of it: those of a head, or between two stages.
+
+    They stand behind other operations than the branches of most blocks do, or the last block alone has them.
+    """
+    patterns = [reach.pattern for reach in reaches[:-1] if reach.tails] or [reaches[0].pattern[:1]]
+    common = max(patterns, key=patterns.count)
+    most = max((len(reach.sums) for reach in reaches[:-1]), default=len(reaches[0].sums))
+    for reach in reaches:
+        usual = [*common, *common[-1:] * len(reach.tails)]
+        same = [tail == other for tail, other in zip(reach.pattern, usual, strict=False)]
+        own = 1 + (same.index(False) if False in same else len(same))
+        own = min(own, most) if reach is reaches[-1] else own
+        reach.sums, reach.tails = reach.sums[:own], reach.tails[:own]
+
+
+def _common_tail(flow: nx.DiGraph, reaches: list[_Reach]) -> list[Any]:
     """What follows every sum all through the model, as the norm of post-norm models does; not what follows one.
 
-    Nor a further sum: a position embedding that is added in front of every block is not of the block before.
+    Nor what joins the stream with another, nor a position embedding that is added in front of every block.
     """
-    tails = [tail for reach in reaches for tail in reach.tails]
+    tails = [
+        [node.target for node in _of_block(flow, reach.stream[at], tail)]
+        for reach in reaches
+        for at, tail in zip(reach.sums, reach.tails, strict=False)
+    ]
     common = tails[0] if tails else []
     for tail in tails[1:]:
         same = [a == b for a, b in zip(common, tail, strict=False)]
         common = common[: same.index(False) if False in same else len(same)]
-    sums = [at for at, target in enumerate(common) if target in _ADDITIONS]
-    return common[: sums[0]] if sums else common
+    return common
 
 
-def _exit(reach: _Reach, leading: int, tail: list[Any]) -> fx.Node:
-    last = reach.sums[-1 - leading]
+def _of_block(flow: nx.DiGraph, start: fx.Node, tail: list[fx.Node]) -> list[fx.Node]:
+    """The part of a tail that may be a norm or a scaling: it reads the sum and, from outside, vectors of features."""
+    for at, node in enumerate(tail):
+        own = set(region(flow, start, node))
+        outside = [i for i in node.all_input_nodes if i not in own and i is not start and value(i) is not None]
+        if any(i in flow or sum(size != 1 for size in shape_of(i)) > 1 for i in outside):
+            return tail[:at]
+    return tail
+
+
+def _exit(reach: _Reach, tail: list[Any]) -> fx.Node:
+    last = reach.sums[-1]
     following = [n.target for n in reach.stream[last + 1 : last + 1 + len(tail)]]
     return reach.stream[last + len(tail)] if following == tail else reach.stream[last]
 
 
-def _leading(flow: nx.DiGraph, source: fx.Node, reaches: list[_Reach]) -> int:
-    """How many residual branches of a block stand before its attention."""
+def _give_back(reaches: list[_Reach], before: Callable[[fx.Node, int], fx.Node | None]) -> None:
+    """Where the last attention has fewer branches behind it and the first has them in front, so have all."""
     counts = {len(reach.sums) for reach in reaches[:-1]}
-    missing = counts.pop() - len(reaches[-1].sums) if len(counts) == 1 else 0
-    tail = len(_common_tail(reaches))
-    return missing if missing > 0 and _before(flow, source, reaches[0].entry, missing, tail) is not None else 0
+    own = len(reaches[-1].sums)
+    missing = counts.pop() - own if len(counts) == 1 else 0
+    if missing > 0 and before(reaches[0].entry, missing) is not None:
+        for reach in reaches:
+            reach.sums, reach.tails = reach.sums[:own], reach.tails[:own]
+
+
+def _starts(
+    entries: list[fx.Node],
+    exits: list[fx.Node],
+    before: Callable[[fx.Node, int], fx.Node | None],
+    order: list[fx.Node],
+) -> list[fx.Node]:
+    """Where the blocks begin: at residual branches that stand before every attention and belong to no other block."""
+    starts = entries
+    for branches in (1, 2, 3):
+        earlier = [before(entry, branches) for entry in entries]
+        free = [a is not None and order.index(a) >= order.index(b) for a, b in zip(earlier[1:], exits, strict=False)]
+        if earlier[0] is None or not free or not all(free):
+            break
+        starts = [node for node in earlier if node is not None]
+    return starts
 
 
 def _before(flow: nx.DiGraph, source: fx.Node, entry: fx.Node, branches: int, tail: int) -> fx.Node | None:
@@ -157,7 +221,7 @@ def _before(flow: nx.DiGraph, source: fx.Node, entry: fx.Node, branches: int, ta
     node = entry
     for _ in range(branches):
         chain = [node, *dominator_chain(flow, source, node)]
-        if len(chain) <= tail or chain[tail].target not in _ADDITIONS:
+        if len(chain) <= tail or not _joins(flow, chain[tail]):
             return None
         starts = [_origin(operand, set(chain[tail + 1 :])) for operand in chain[tail].all_input_nodes]
         start = next((s for s in starts if s is not None and shape_of(s) == shape_of(entry)), None)
