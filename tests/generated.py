@@ -3,6 +3,7 @@
 Shapes: B images, P prefix and M image tokens, N = P + M, C width.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ class Mlp(nn.Module):
         c = self.config
         if self.unfit == "token_mean":
             return x + x.mean(dim=1, keepdim=True)
+        if self.unfit == "token_shift":
+            return x + x.roll(1, dims=1)
+        if self.unfit == "token_sum":
+            return x.cumsum(dim=1) / c.tokens
+        if self.unfit == "squeeze":
+            return x * torch.sigmoid(x.amax(dim=1, keepdim=True))
         if self.unfit == "token_norm":
             return x / x.norm(dim=1, keepdim=True)
         if self.unfit == "token_mlp":
@@ -80,6 +87,8 @@ class Block(nn.Module):
             self.gammas = nn.ParameterList(torch.empty(c.width) for _ in range(2))
         if c.inputs == "modulated":
             self.modulation = nn.Linear(c.width, 3 * c.width)
+        if c.injected:
+            self.inject = nn.Linear(c.width, c.width)
 
     def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
         if self.config.block == "mlp_first":
@@ -111,7 +120,9 @@ class Block(nn.Module):
             return self.merge(x, self.mlps[0](self.norms[1](x)) + self.mlps[1](self.norms[3](x)), 1)
         return self.merge(x, self.mlps[0](self.norms[1](x)), 1)
 
-    def attended(self, x: Tensor, positions: Tensor | None, valid: Tensor | None, label: Tensor | None) -> Tensor:
+    def attended(
+        self, x: Tensor, positions: Tensor | None, valid: Tensor | None, label: Tensor | None, origin: Tensor | None
+    ) -> Tensor:
         """The attention branch of normalised tokens; a label (B, C) shifts, scales and gates it."""
         if label is not None:
             label = label[None] if self.config.tokens_first else label[:, None]
@@ -122,6 +133,8 @@ class Block(nn.Module):
             out = self.join(torch.cat([out, self.attentions[1](x, positions, valid)], dim=-1))
         if self.config.block == "nested":
             out = self.attentions[1](out, positions, valid)
+        if self.config.injected:
+            out = out + self.inject(origin)
         return out if label is None else gate * out
 
     def merge(self, x: Tensor, branch: Tensor, which: int) -> Tensor:
@@ -156,6 +169,15 @@ class Pooling(nn.Module):
         return (pooled + self.mlp(pooled))[:, 0]
 
 
+@dataclass
+class Output:
+    logits: Tensor
+    probabilities: Tensor
+
+
+torch.export.register_dataclass(Output, serialized_type_name="generated.Output")
+
+
 class ViT(nn.Module):
     """`forward(image)` or `forward(image, other)`: a label (B,), or which image tokens are valid (B, M)."""
 
@@ -177,6 +199,8 @@ class ViT(nn.Module):
         if c.outputs == "skips":
             self.joined = nn.Linear(2 * c.width, c.width)
         self.norm = nn.LayerNorm(c.width)
+        if c.around != "none":
+            self.stem, self.neck = nn.Linear(c.width, c.width), nn.Linear(c.width, c.width)
         if "pooling" in c.head:
             self.pooling = Pooling(c.width)
         self.head = nn.Linear(c.width * (2 if c.head == "class_and_mean" else 1), CLASSES)
@@ -191,7 +215,7 @@ class ViT(nn.Module):
         return self.leave(x, features)
 
     def embed(self, image: Tensor, other: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The tokens, and what the blocks read beside them: positions, valid tokens, label."""
+        """The tokens, and what the blocks read beside them: positions, valid tokens, label, the tokens themselves."""
         c = self.config
         x = self.patches(image).flatten(2).transpose(1, 2)
         if c.batch == "implicit":
@@ -212,7 +236,8 @@ class ViT(nn.Module):
             valid = F.pad(other, (c.image_start, after), value=True)
         if c.tokens_first:
             x, positions = x.transpose(0, 1), None if positions is None else positions.transpose(0, 1)
-        return x, (positions, valid, label if c.inputs == "modulated" else None)
+        x = x + self.stem(x) if c.around in ("stem", "both") else x
+        return x, (positions, valid, label if c.inputs == "modulated" else None, x if c.injected else None)
 
     def with_prefix(self, x: Tensor, label: Tensor | None) -> Tensor:
         """Put the prefix tokens around the image tokens (B, M, C)."""
@@ -247,6 +272,7 @@ class ViT(nn.Module):
         """What the model returns."""
         c = self.config
         x = self.norm(x.transpose(0, 1) if c.tokens_first else x)
+        x = x + self.neck(x) if c.around in ("neck", "both") else x
         image = x[:, c.image_start : c.image_start + c.image_tokens]
         if c.head in ("class", "class_and_mean"):
             pooled = x[:, c.class_position]
@@ -258,6 +284,8 @@ class ViT(nn.Module):
         else:
             pooled = (image if c.head == "mean" else x).mean(dim=1)
         logits = self.head(pooled)
+        if c.outputs == "dataclass":
+            return Output(logits, logits.softmax(-1))
         if c.outputs == "features":
             return logits, features[:-1]
         return {"logits": logits, "more": (logits.softmax(-1), None)} if c.outputs == "dict" else logits

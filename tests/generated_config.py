@@ -32,11 +32,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "positions": ("learned", "image", "none", "inside", "queries"),
     "head": ("class", "class_and_mean", "mean", "mean_of_all", "pooling", "image_pooling", "dense"),
     "inputs": ("image", "label", "label_token", "modulated", "valid"),
+    "around": ("none", "stem", "neck", "both"),
+    "injected": (False, True),
     "batch": ("shape", "len", "implicit"),
-    "outputs": ("tensor", "dict", "features", "skips"),
+    "outputs": ("tensor", "dict", "dataclass", "features", "skips"),
     "collision": ("none", "width", "head", "hidden", "all"),
     "grid": ((4, 4), (3, 5), (2, 6)),
-    "unfit": ("none", "depthwise", "token_mean", "token_norm", "reduced_keys", "windows", "token_mlp"),
+    "unfit": (
+        "none", "depthwise", "token_mean", "token_norm", "token_mlp", "token_shift", "token_sum", "squeeze",
+        "reduced_keys", "windows",
+    ),
 }  # fmt: skip
 
 
@@ -65,6 +70,8 @@ class Config:
     positions: str = "learned"
     head: str = "class"
     inputs: str = "image"
+    around: str = "none"
+    injected: bool = False
     batch: str = "shape"
     outputs: str = "tensor"
     collision: str = "none"
@@ -132,47 +139,51 @@ class Config:
     def can_idle(self, block: int) -> bool:
         return self.unfit == "none" or block != 1
 
+    def reset(self, *names: str, **values: tuple[Any, ...]) -> "Config":
+        """With fields back at their defaults: those named, and those that hold one of the given values."""
+        wrong = [*names, *(name for name, bad in values.items() if getattr(self, name) in bad)]
+        return replace(self, **{f.name: f.default for f in fields(self) if f.name in wrong})
+
     def normalised(self) -> "Config":
         """The nearest config whose parts fit together."""
-        c, none = self, "none"
+        c = self
         if c.unfit in ("windows", "reduced_keys"):
-            c = replace(c, core="sdpa", grid=(4, 4), mask=none, bias=none, rotary=none, groups=none, prefix=0)
-            c = replace(c, inputs="image" if c.inputs in ("label_token", "valid") else c.inputs, positions="learned")
-        if c.unfit != none:
-            c = replace(c, block="pre", tokens_first=False, shared=False, place="front", collision=none)
-            c = replace(c, residual="plain" if c.residual == "in_place" else c.residual)
+            c = replace(c, prefix=0).reset("core", "grid", "mask", "bias", "rotary", "groups", "positions")
+            c = c.reset(inputs=("label_token", "valid"))
+        if c.unfit != "none":
+            c = c.reset("block", "tokens_first", "shared", "place", "collision", residual=("in_place",))
         if c.collision == "all":
-            c = replace(c, grid=(8, 8), prefix=0, inputs="image" if c.inputs == "label_token" else c.inputs)
+            c = replace(c, grid=(8, 8), prefix=0).reset(inputs=("label_token",))
         if c.inputs == "label_token":
             c = replace(c, prefix=max(c.prefix, 1))
         if c.prefix == 0:
-            c = replace(c, place="front", head={"class": "mean", "class_and_mean": "mean"}.get(c.head, c.head))
+            c = replace(c.reset("place"), head="mean" if c.head in ("class", "class_and_mean") else c.head)
         if c.place == "late":
-            c = replace(c, mask=none, bias=none, rotary=none, positions="image", outputs="tensor", block="pre")
-            c = replace(c, inputs="image" if c.inputs in ("label_token", "valid") else c.inputs)
+            c = replace(c, positions="image").reset("mask", "bias", "rotary", "injected", "outputs", "block")
+            c = c.reset(inputs=("label_token", "valid"))
         if c.core in MULTIHEAD:
-            c = replace(c, scale="default", projection="fused", groups=none, rotary=none, qk_norm=none, talking=none)
-        if c.core not in HAND_WRITTEN:
-            c = replace(c, talking=none, scale=c.scale if c.scale in ("default", "after") else "default")
+            c = c.reset("scale", "projection", "groups", "rotary", "qk_norm", "talking")
+        if c.core == "sdpa":
+            c = c.reset("talking", scale=("before", "divided", "both", "learned", "learned_per_head"))
         if c.core in ("bmm", "baddbmm"):
-            c = replace(c, talking=none)
+            c = c.reset("talking")
         if c.core == "baddbmm":
-            c = replace(c, scale="after" if "learned" in c.scale or c.scale == "divided" else c.scale)
-        if c.inputs == "valid" and c.mask != "float":
-            c = replace(c, mask=none)
+            c = c.reset(scale=("divided", "learned", "learned_per_head"))
+        if c.inputs == "valid":
+            c = c.reset(mask=("boolean", "diagonal", "diagonal_added"))
         takes_groups = {"native": ("sdpa",), "broadcast": ("matmul", "permute")}
         if c.core not in takes_groups.get(c.groups, (c.core,)):
             c = replace(c, groups="repeated")
         if c.heads == 1:
-            c = replace(c, groups=none, talking=none)
-        if c.groups != none and c.projection in ("fused", "chunked", "interleaved", "raw_heads"):
+            c = c.reset("groups", "talking")
+        if c.groups != "none" and c.projection not in ("separate", "key_value", "raw"):
             c = replace(c, projection="separate")
-        if c.mlp == "pointwise_convolution" and c.tokens_first:
-            c = replace(c, mlp="plain")
+        if c.tokens_first:
+            c = c.reset(mlp=("pointwise_convolution",))
         if c.head_width % 2:
-            c = replace(c, rotary=none)
-        if c.block == "post" and c.norm == none:
-            c = replace(c, norm="layer")
-        if c.head == "dense" and c.outputs == "features":
-            c = replace(c, outputs="dict")
+            c = c.reset("rotary")
+        if c.block == "post":
+            c = c.reset(norm=("none",))
+        if c.head == "dense":
+            c = c.reset(outputs=("features",))
         return c
