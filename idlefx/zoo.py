@@ -41,7 +41,7 @@ class Row:
         batch: "free", or the only batch size the result takes.
         note: What was refused and why.
         failure: What is wrong; empty where the model converts right, or is refused for the reason expected.
-        missing: Whether its library is not installed.
+        missing: Whether its library is not installed, or too old for it.
     """
 
     label: str
@@ -60,17 +60,14 @@ def check(entry: Entry) -> Row:
     """Convert a model and hold it against itself and the reference."""
     row: dict[str, Any] = {"label": entry.label, "family": entry.family}
     try:
-        model = entry.make()
-    except ImportError as missing:
-        return Row(**row, note=f"not tried: {missing.name or missing} is not installed", missing=True)
-    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _check(entry, model, row)
+            return _check(entry, entry.make(), row)
+    except ImportError as missing:
+        return Row(**row, note=f"not tried: {missing}", missing=True)
     except IdleFxError as refusal:
         expected = entry.refused and re.search(entry.refused, str(refusal))
-        note, failure = _note([str(refusal)]), "" if expected else f"refused unexpectedly: {refusal}"
-        return Row(**row, note=note, failure=failure)
+        return Row(**row, note=_note([str(refusal)]), failure="" if expected else f"refused unexpectedly: {refusal}")
     except Exception as error:  # one broken model must not hide the others
         return Row(**row, failure=f"{type(error).__name__}: {error}")
 
@@ -224,6 +221,8 @@ def render(rows: Iterable[Row], style: str = "simple") -> str:
     ]  # fmt: skip
     headers = ("model", "family", "blocks", "can idle", "keep-all error", "reference error", "batch", "note")
     table: str = tabulate(cells, headers, tablefmt=style, disable_numparse=True, maxcolwidths=WIDTHS[style])
+    if style == "github":  # read by people only once it is rendered
+        table = re.sub(" +", " ", re.sub("-{4,}", "---", table))
     return f"{table}\n\n{_summary(rows)}\n"
 
 

@@ -256,7 +256,7 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("DPT depth", "DPTForDepthEstimation", {**DENSE, "fusion_hidden_size": 16}, {"blocks": 4}),
     ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, {}),
     ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager", "blocks": None, "refused": "has 4 dimensions"}),
-    ("SAM vision", "SamVisionModel", FACE_SAM, {"refused": "has 4 dimensions"}),
+    ("SAM vision", "SamVisionModel", FACE_SAM, {"blocks": None, "refused": "has 4 dimensions"}),
     ("Swin", "SwinModel", {**FACE_SWIN, "window_size": 4}, {"blocks": 2, "refused": "windows"}),
 )
 
@@ -265,10 +265,11 @@ def hugging_face(name: str, options: Options, attention: str) -> nn.Module:
     """A Hugging Face model of that class."""
     import transformers
 
-    kind = getattr(transformers, name)
-    config = kind.config_class(**{**FACE, **options} if "embed_dim" not in options else options)
-    config._attn_implementation = attention
-    model: nn.Module = kind(config)
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ImportError(f"this version of transformers has no {name}")
+    sizes = options if "embed_dim" in options else {**FACE, **options}
+    model: nn.Module = kind(kind.config_class(**sizes, attn_implementation=attention))
     return model
 
 

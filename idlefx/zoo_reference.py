@@ -141,19 +141,23 @@ def look(model: nn.Module, paths: Sequence[str], call: Callable[[], Any]) -> dic
 
             stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
         with torch.enable_grad():
-            leaves = [t for t in tree_leaves(call()) if isinstance(t, Tensor) and t.requires_grad]
+            output = call()
     prefixes: dict[int, tuple[int, ...]] = {}
     for x in inputs.values():
         same = (x == x[:1]).flatten(2).all(2).all(0)
         prefixes.setdefault(x.shape[1], tuple(same.nonzero().flatten().tolist()))
-    last = streams[paths[-1]]
-    reads = []
-    for leaf in leaves:
-        noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0))
-        (gradient,) = torch.autograd.grad((leaf * noise).sum(), last, retain_graph=True, allow_unused=True)
-        if gradient is not None:
-            reads.append(set(gradient.abs().sum((0, 2)).nonzero().flatten().tolist()))
+    reads = [_read(leaf, streams[paths[-1]]) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     return {path: _tokens(prefixes[x.shape[1]], reads) for path, x in inputs.items()}
+
+
+@torch.enable_grad()
+def _read(leaf: Tensor, stream: Tensor) -> set[int]:
+    """Positions of the stream that an output depends on."""
+    if not leaf.requires_grad:
+        return set()
+    noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad((leaf * noise).sum(), stream, retain_graph=True, allow_unused=True)
+    return set() if gradient is None else set(gradient.abs().sum((0, 2)).nonzero().flatten().tolist())
 
 
 def _tokens(prefix: tuple[int, ...], reads: list[set[int]]) -> Tokens:

@@ -57,9 +57,7 @@ def deit_s() -> tuple[nn.Module, fx.GraphModule]:
 
 def gradients(module: nn.Module, output: torch.Tensor) -> dict[str, torch.Tensor | None]:
     names, parameters = zip(*module.named_parameters(), strict=True)
-    return dict(
-        zip(names, torch.autograd.grad(output.square().mean(), parameters, allow_unused=True), strict=True)
-    )
+    return dict(zip(names, torch.autograd.grad(output.square().mean(), parameters, allow_unused=True), strict=True))
 
 
 @torch.no_grad()
@@ -133,9 +131,7 @@ def test_selections_are_ascending_and_hold_the_prefix(name, model, spec, schedul
     idle = converted(name, case)
     chosen = selections(idle, images(model, 4))
     kept = {step.block: step.kept for step in idle.plan}
-    assert {block: s.shape for block, s in chosen.items()} == {
-        b: (4, spec.prefix + k) for b, k in kept.items()
-    }
+    assert {block: s.shape for block, s in chosen.items()} == {b: (4, spec.prefix + k) for b, k in kept.items()}
     for positions in chosen.values():
         assert positions.dtype == torch.int64
         assert (positions.diff(dim=1) > 0).all()
@@ -251,9 +247,7 @@ def test_inputs_and_outputs_keep_their_structure():
 
 @torch.no_grad()
 @pytest.mark.parametrize("captured_in", ["train", "eval"])
-@pytest.mark.parametrize(
-    "family", ["vit", "distilled", "parallel_things", "parallel_scaling", "hand_written"]
-)
+@pytest.mark.parametrize("family", ["vit", "distilled", "parallel_things", "parallel_scaling", "hand_written"])
 def test_dropout_follows_the_mode(family, captured_in):
     model = build(family, **DROPOUTS)
     x = images(model, 4)

@@ -1,0 +1,194 @@
+"""The compatibility table: its shrunk form holds, and each of its checks can fail."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import models
+import pytest
+import reference
+import torch
+from models import MODELS
+
+from idlefx import zoo, zoo_reference
+from idlefx.__main__ import main
+from idlefx.pipeline import convert, inspect
+from idlefx.zoo_models import DEPTH, QUICK, Entry, entries
+
+PLAIN = partial(models.build, "vit")
+
+
+@pytest.mark.parametrize("entry", entries(quick=True), ids=lambda entry: entry.label)
+def test_row_of_the_shrunk_table(entry):
+    row = zoo.check(entry)
+    if row.missing:
+        pytest.skip(row.note)
+    assert not row.failure
+    if not entry.refused:
+        assert (row.found, row.can_idle, row.note) == (entry.blocks, entry.blocks, "")
+        assert (row.keep_all, row.batch) == (0.0, "free")
+        assert row.reference <= zoo.TOLERANCE
+    else:
+        assert "refused: " in row.note
+        assert row.can_idle < max(row.found, 1)
+
+
+def test_table_names_every_model_once():
+    labels = [entry.label for entry in entries()]
+    assert len(labels) == len(set(labels)) > 150
+    assert set(QUICK) <= set(labels)
+    assert {entry.blocks for entry in entries(quick=True) if not entry.refused} == {DEPTH, 4}
+
+
+def failure(build=PLAIN, **options):
+    return zoo.check(Entry("some", "test", build, **{"blocks": 4, **options})).failure
+
+
+def test_entry_that_holds():
+    assert failure() == ""
+
+
+def test_other_number_of_blocks_fails():
+    assert "4 blocks found instead of 5" in failure(blocks=5)
+
+
+def test_refusal_that_is_not_expected_fails():
+    assert "conv1d" in failure(models.build_mixing)
+    assert "conv1d" in failure(models.build_mixing, refused="windows")
+    assert failure(models.build_mixing, refused="conv1d") == ""
+    assert "no attention" in failure(partial(torch.nn.Conv2d, 3, 3, 3), inputs=lambda b: torch.randn(b, 3, 8, 8))
+
+
+def test_refusal_that_does_not_come_fails():
+    assert failure(refused="windows") == "no block is refused, though this was expected"
+
+
+def test_model_that_breaks_fails():
+    def broken():
+        raise RuntimeError("out of paint")
+
+    assert failure(broken) == "RuntimeError: out of paint"
+
+
+def test_library_that_is_missing_is_said():
+    def absent():
+        raise ImportError("No module named 'transformers'", name="transformers")
+
+    row = zoo.check(Entry("some", "test", absent))
+    assert (row.missing, row.failure) == (True, "")
+    assert row.note == "not tried: No module named 'transformers'"
+    assert "1 were not tried" in zoo.render([row])
+
+
+@pytest.fixture
+def case():
+    """A model, its table, its conversion and a batch."""
+    model = PLAIN()
+    batch = models.images(model, 3)
+    idle = convert(model, [1, 3], [0.5, 0.25], schedule="blocks", example_inputs=batch[:2])
+    return model, inspect(model, batch), idle, batch
+
+
+def verdict(model, table, idle, batch):
+    return zoo._value_failure(0.0, zoo.compare(model, idle, table, batch))
+
+
+def test_conversion_that_is_right_passes(case):
+    assert verdict(*case) == ""
+
+
+def test_other_weights_fail(case):
+    model, table, idle, batch = case
+    with torch.no_grad():
+        idle.get_parameter("blocks.1.mlp.fc2.bias")[0] += 1e-2
+    assert "differs from the reference" in verdict(model, table, idle, batch)
+
+
+def test_other_plan_fails(case):
+    model, table, idle, batch = case
+    other = convert(model, [1, 3], [0.5, 0.3], schedule="blocks", example_inputs=batch[:2])
+    idle.meta["idlefx"]["plan"] = other.plan
+    with pytest.raises(ValueError, match="tokens work where 11 should"):
+        verdict(model, table, idle, batch)
+
+
+def test_other_choice_fails(case):
+    model, table, _, batch = case
+    idle = convert(model, [1, 3], [0.5, 0.25], schedule="blocks", selector="norm", example_inputs=batch[:2])
+    found = zoo.compare(model, idle, table, batch)
+    assert found.error <= zoo.TOLERANCE
+    assert "chooses other tokens" in zoo._value_failure(0.0, found)
+
+
+def test_prefix_token_that_idles_fails(case):
+    model, table, _, batch = case
+    idle = convert(model, [1], [0.5], schedule="blocks", prefix=0, example_inputs=batch[:2])
+    with pytest.raises(ValueError, match="a prefix token idles"):
+        verdict(model, table, idle, batch)
+
+
+def test_keeping_all_must_be_exact():
+    assert "1e-09" in zoo._value_failure(1e-9, zoo.Comparison(0.0, 0.0))
+
+
+def test_what_is_not_a_number_fails():
+    nan = zoo.largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")]))
+    assert "differs" in zoo._value_failure(0.0, zoo.Comparison(nan, 0.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "distilled", "qk_norm_gap", "hand_written", "parallel_things", "registers"])
+def test_hiding_keys_is_gathering_tokens(family):
+    model, spec = models.build(family), MODELS[family]
+    x = models.images(model, 3)
+    keeps = {"blocks.1": 0.4, "blocks.2": 0.7}
+    count = models.image_tokens(model)
+    plan = {int(path[-1]): zoo_reference.kept_tokens(keep, count) for path, keep in keeps.items()}
+    gathered = reference.run(model, plan, x, prefix=spec.prefix, class_position=spec.class_position)
+    tokens = zoo_reference.look(model, [f"blocks.{i}" for i in range(models.DEPTH)], lambda: model(x))
+    assert set(tokens.values()) == {zoo_reference.Tokens(tuple(range(spec.prefix)), spec.class_position)}
+    chosen = {f"blocks.{block}": index for block, index in gathered.selected.items()}
+    answer = zoo_reference.idle(model, keeps, tokens, chosen, lambda: model(x))
+    assert answer.excess == 0.0
+    assert torch.allclose(answer.output, gathered.output, atol=1e-5)
+
+
+def test_command_writes_the_table(tmp_path, capsys):
+    target = tmp_path / "zoo.md"
+    assert main(["zoo", "--quick", "--only", "^(vit_tiny_patch16_224|resnet10t)", "--markdown", str(target)]) == 0
+    printed, written = capsys.readouterr().out, target.read_text()
+    for text in (printed, written):
+        assert "1 of 2 models convert, 1 are refused for the reason given." in text
+        assert "vit_tiny_patch16_224" in text
+        assert "no attention" in text
+    assert written.startswith("| model")
+
+
+def test_command_fails_with_a_row(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(zoo, "entries", lambda quick: [Entry("odd", "test", PLAIN, blocks=7)])
+    assert main(["zoo", "--markdown", str(tmp_path / "zoo.md")]) == 1
+    assert "1 FAIL" in capsys.readouterr().out
+    assert "FAILS: 4 blocks found instead of 7" in (tmp_path / "zoo.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "no such model"], "no model or family matches"),
+        (["--only", "("], "not a regular expression"),
+        (["--markdown", "/no/such/folder/zoo.md"], "cannot write"),
+    ],
+)
+def test_command_refuses(arguments, words, capsys):
+    assert main(["zoo", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_readme_holds_the_table():
+    table = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = [
+        line.split("|")[1].strip()
+        for line in table.splitlines()
+        if re.match(r"\|.*\| (timm|transformers|torchv)", line)
+    ]
+    assert rows == [entry.label for entry in entries()]
