@@ -182,6 +182,8 @@ class Config:
             c = c.reset(mlp=("pointwise_convolution",))
         if c.head_width % 2:
             c = c.reset("rotary")
+        if c.block == "mlp_first":  # with a skip in front of some blocks only, nothing tells whose the MLPs are
+            c = c.reset(outputs=("skips",))
         if c.block == "post":
             c = c.reset(norm=("none",))
         if c.head == "dense":
