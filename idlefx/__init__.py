@@ -1,5 +1,6 @@
 """idlefx: make any trained Vision Transformer cheaper without dropping a token."""
 
+from idlefx.backend import compile
 from idlefx.errors import (
     BlockError,
     CaptureError,
@@ -11,7 +12,7 @@ from idlefx.errors import (
 )
 from idlefx.module import IdleModule
 from idlefx.picture import draw
-from idlefx.pipeline import convert, inspect
+from idlefx.pipeline import convert, inspect, with_cut_loss
 from idlefx.records import Block, BlockTable, Plan, Step
 from idlefx.report import Report, report
 from idlefx.selectors import selector
@@ -19,5 +20,6 @@ from idlefx.selectors import selector
 __version__ = "0.1.0"
 __all__ = [
     "Block", "BlockError", "BlockTable", "CaptureError", "IdleFxError", "IdleModule", "InputError", "PassError",
-    "Plan", "PlanError", "Report", "Step", "UnknownOperation", "convert", "draw", "inspect", "report", "selector",
+    "Plan", "PlanError", "Report", "Step", "UnknownOperation", "compile", "convert", "draw", "inspect", "report",
+    "selector", "with_cut_loss",
 ]  # fmt: skip

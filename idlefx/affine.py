@@ -6,7 +6,7 @@ tokens need never be computed.
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Projection:
         groups: How many runs of rows there are.
         stride: Rows from one run to the next.
         width: Rows of a run.
+        factor: What the features were multiplied with since.
     """
 
     linear: fx.Node
@@ -48,6 +49,7 @@ class Projection:
     groups: int
     stride: int
     width: int
+    factor: float = 1.0
 
     @property
     def rows(self) -> tuple[int, int, int, int]:
@@ -66,15 +68,19 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
     Args:
         walk: Layouts of the block.
         node: Queries or keys with a token axis of their own.
-        up_to_scale: Look through products with a positive number, which order the logits as before.
+        up_to_scale: Look through products with a positive number, which order the logits as before; their product
+            is the `factor`.
     """
     if isinstance(node.meta["val"], (list, tuple)):
         return None
     path: list[Call] = []
-    current = node
+    current: Call = node
+    factor = 1.0
     while current.target in VIEWS or (up_to_scale and _is_scaling(current)):
         if not _is_scaling(current):
             path.append(current)
+        else:
+            factor *= current.args[1] if current.target is aten.mul.Tensor else 1 / current.args[1]
         current = current.all_input_nodes[0]
     if current.target is not aten.linear.default or current not in walk or node not in walk:
         return None
@@ -87,7 +93,8 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
         numbers = _FREE.get(step.target, step.target)(*args, **kwargs)
     if math.prod(f.size for dim in walk[node] for f in dim if f.role == "batch") != lay.BATCH:
         return None  # the batch of the block is not that of the image, or is fixed
-    return _pattern(current, _by_token(numbers, walk[node], _BATCH))
+    found = _pattern(current, _by_token(numbers, walk[node], _BATCH))
+    return found and replace(found, factor=factor)
 
 
 def _with_numbers(step: Call, numbers: Any) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from idlefx import layouts as lay
 from idlefx.graph import Call, image_data, value
 from idlefx.layouts import Layout
 
@@ -114,6 +115,8 @@ class Core:
         query: Queries (…, N, D).
         key: Keys (…, N, D), or (…, D, N) if `transposed`.
         transposed: How the keys stand.
+        scale: What the logits are multiplied with.
+        scalings: Nodes that multiply or divide the logits further: by a number, or by one parameter for each head.
     """
 
     name: str
@@ -121,6 +124,8 @@ class Core:
     query: fx.Node
     key: fx.Node
     transposed: bool = False
+    scale: float = 1.0
+    scalings: tuple[fx.Node, ...] = ()
 
     def key_layout(self, layout: Layout) -> Layout:
         """The layout of the keys as (…, N, D)."""
@@ -135,7 +140,9 @@ def find_cores(graph: fx.Graph) -> list[Core]:
     for node in nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             name = node.meta.get("idlefx", {}).get("attention", "sdpa")
-            found.append(Core(name, node, node.args[0], node.args[1]))
+            given = node.kwargs.get("scale")
+            scale = lay.sizes(node.args[0].meta["val"])[-1] ** -0.5 if given is None else given
+            found.append(Core(name, node, node.args[0], node.args[1], scale=scale))
         elif node.target in (aten.softmax.int, aten._softmax.default):
             core = _spelled_out(node, data)
             found += [core] if core is not None and core.out not in [c.out for c in found] else []
@@ -145,8 +152,8 @@ def find_cores(graph: fx.Graph) -> list[Core]:
 def _spelled_out(softmax: Call, data: set[Call]) -> Core | None:
     """An attention whose map is worked on between its products, such as by mixing the heads."""
 
-    def nearest(step: Callable[[Call], Iterable[Call]]) -> set[Call]:
-        """The products of image data that a walk from the softmax meets first."""
+    def nearest(step: Callable[[Call], Iterable[Call]]) -> tuple[set[Call], set[Call]]:
+        """The products of image data that a walk from the softmax meets first, and what it passes."""
         met, seen, stack = set(), set(), list(step(softmax))
         while stack:
             node = stack.pop()
@@ -155,10 +162,21 @@ def _spelled_out(softmax: Call, data: set[Call]) -> Core | None:
             elif node in data and node not in seen:
                 seen.add(node)
                 stack += step(node)
-        return met
+        return met, seen
 
-    before, after = nearest(lambda n: n.all_input_nodes), nearest(lambda n: n.users)
+    before, between = nearest(lambda n: n.all_input_nodes)
+    after, _ = nearest(lambda n: n.users)
     if len(before) != 1 or len(after) != 1:
         return None
     (logits,), (out,) = before, after
-    return Core("spelled out", out, logits.args[0], logits.args[1], transposed=True)
+    scalings = tuple(node for node in softmax.graph.nodes if node in between and _scales(node, data))
+    return Core("spelled out", out, logits.args[0], logits.args[1], transposed=True, scalings=scalings)
+
+
+def _scales(node: Call, data: set[Call]) -> bool:
+    """Whether a node multiplies logits (…, N, N) by something that is the same for all of a head."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor):
+        return False
+    factors = [a for a in node.args[:2] if a not in data]
+    shapes = [lay.sizes(a.meta["val"]) for a in factors if isinstance(a, fx.Node)]
+    return len(factors) == 1 and all(set(shape[-2:]) <= {1} for shape in shapes)

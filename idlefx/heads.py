@@ -4,6 +4,7 @@
    product of each token with `W_kᵀ q / H`, up to a constant: neither keys nor values of all tokens are computed.
 2. Elsewhere the evidence that the score asks for is computed on all tokens, and no more than that: keys without
    values, and the class query from the class token alone.
+3. What is computed on all tokens bears the name of what it stands for, so that a later pass need not compute it again.
 """
 
 from typing import Any
@@ -14,9 +15,10 @@ from torch import fx
 from idlefx import layouts as lay
 from idlefx import ops
 from idlefx.affine import Projection, projection
+from idlefx.anchors import Core
 from idlefx.blocks import Opened
 from idlefx.errors import PlanError
-from idlefx.graph import region
+from idlefx.graph import by_name, region
 from idlefx.layouts import Layout
 from idlefx.rebuild import Rebuilder, Subset, emit
 from idlefx.records import Block, Step
@@ -31,7 +33,9 @@ class Head:
     def __init__(self, graph: fx.Graph, block: Block, opened: Opened) -> None:
         self.graph, self.block, self.opened, self.walk = graph, block, opened, opened.walk
         self.name = f"idle_{block.index}_"
-        self.all_tokens = Rebuilder(graph, self.walk, None, {opened.entry: opened.entry}, f"{self.name}score_")
+        there, prefix = by_name(graph), f"{self.name}score_"
+        known = {node: there[prefix + node.name] for node in self.walk.layouts if prefix + node.name in there}
+        self.all_tokens = Rebuilder(graph, self.walk, None, {opened.entry: opened.entry, **known}, prefix)
 
     def build(self, step: Step) -> fx.Node:
         """The scores (B, N) of a step."""
@@ -40,7 +44,7 @@ class Head:
         chosen = find_selector(step.selector)
         given = {name: self._evidence(name, step.selector) for name in chosen.evidence}
         try:
-            scores = self._emit(chosen.function, name="scores", **given)
+            scores = self.emit(chosen.function, name="scores", **given)
         except Exception as error:
             raise PlanError(
                 f"select: selector {step.selector!r} failed in block {self.block.index} ({self.block.path}): "
@@ -54,7 +58,8 @@ class Head:
             )
         return scores
 
-    def _emit(self, target: Any, *args: Any, name: str, **kwargs: Any) -> fx.Node:
+    def emit(self, target: Any, *args: Any, name: str, **kwargs: Any) -> fx.Node:
+        """Insert a call under a name of this block."""
         return emit(self.graph, target, *args, name=self.name + name, like=self.opened.exit, **kwargs)
 
     def _evidence(self, name: str, selector: str) -> Any:
@@ -62,7 +67,7 @@ class Head:
             order = (self.block.batch_dim, self.block.token_dim)
             rest = next(d for d in range(3) if d not in order)
             x = self.opened.entry
-            return x if (*order, rest) == (0, 1, 2) else self._emit(aten.permute.default, x, [*order, rest], name="x")
+            return x if (*order, rest) == (0, 1, 2) else self.emit(aten.permute.default, x, [*order, rest], name="x")
         if name == "query":
             return self._query(selector)
         if name in ("q", "k"):
@@ -72,15 +77,15 @@ class Head:
     def _query(self, selector: str) -> fx.Node:
         position, entry = self.block.class_token, self.opened.entry
         if position is None or selector == "mean":
-            return self._emit(
+            return self.emit(
                 ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.block.prefix, 2, name="query"
             )
         if self._is_nested():
             everyone = self._heads(self.all_tokens, keys=False)
-            return self._emit(aten.slice.Tensor, everyone, 2, position, position + 1, name="query")
+            return self.emit(aten.slice.Tensor, everyone, 2, position, position + 1, name="query")
         dims = (self.block.token_dim, self.block.batch_dim)
-        token = self._emit(aten.slice.Tensor, entry, dims[0], position, position + 1, name="class_token")
-        index = self._emit(ops.fixed_tokens, entry, (position,), dims[1], name="class_index")
+        token = self.emit(aten.slice.Tensor, entry, dims[0], position, position + 1, name="class_token")
+        index = self.emit(ops.fixed_tokens, entry, (position,), dims[1], name="class_index")
         alone = Subset(index, (position,), (), 0)
         return self._heads(Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_"), keys=False)
 
@@ -92,21 +97,21 @@ class Head:
 
     def _heads(self, rebuild: Rebuilder, *, keys: bool) -> fx.Node:
         """Queries or keys of all attention cores, (B, H, N, D)."""
-        found = []
-        for core in self.opened.cores:
-            node, layout = (
-                (core.key, core.key_layout(self.walk[core.key])) if keys else (core.query, self.walk[core.query])
-            )
-            self._narrow(node, rebuild)
-            heads = rebuild(node)
-            if keys and core.transposed:
-                heads = self._emit(aten.transpose.int, heads, -2, -1, name="keys")
-            heads = self._standard(heads, layout)
-            each = lay.heads(self.walk[core.query]) // lay.heads(layout)
-            if each > 1:  # grouped queries: a key serves several heads
-                heads = self._emit(aten.repeat_interleave.self_int, heads, each, 1, name="grouped")
-            found.append(heads)
-        return found[0] if len(found) == 1 else self._emit(aten.cat.default, found, 1, name="heads")
+        found = [self.heads_of(core, rebuild, keys=keys) for core in self.opened.cores]
+        return found[0] if len(found) == 1 else self.emit(aten.cat.default, found, 1, name="heads")
+
+    def heads_of(self, core: Core, rebuild: Rebuilder, *, keys: bool) -> fx.Node:
+        """Queries or keys of one core, (B, H, N, D)."""
+        node, layout = (core.key, core.key_layout(self.walk[core.key])) if keys else (core.query, self.walk[core.query])
+        self._narrow(node, rebuild)
+        heads = rebuild(node)
+        if keys and core.transposed:
+            heads = self.emit(aten.transpose.int, heads, -2, -1, name="keys")
+        heads = self._standard(heads, layout)
+        each = lay.heads(self.walk[core.query]) // lay.heads(layout)
+        if each > 1:  # grouped queries: a key serves several heads
+            heads = self.emit(aten.repeat_interleave.self_int, heads, each, 1, name="grouped")
+        return heads
 
     def _narrow(self, node: fx.Node, rebuild: Rebuilder) -> None:
         """Let the rebuilt node come out of its own rows of a fused layer, so that the others are not computed."""
@@ -116,27 +121,30 @@ class Head:
             rows = projection(self.walk, view) if view in self.walk else None
             if rows is not None:
                 if not rows.is_whole and all(len(dim) == 1 for dim in self.walk[view]):
-                    rebuild.mapping[view] = self._rows_of(rebuild, rows, self.walk[view])
+                    rebuild.mapping[view] = self._rows_of(rebuild, rows, view)
                 return
 
-    def _rows_of(self, rebuild: Rebuilder, rows: Projection, layout: Layout) -> fx.Node:
-        given, weight, bias = self._weights(rows)
-        out = self._emit(aten.linear.default, rebuild(given), weight, bias, name="rows")
+    def _rows_of(self, rebuild: Rebuilder, rows: Projection, view: fx.Node) -> fx.Node:
+        layout = self.walk[view]
+        given, weight, bias = self.weights(rows)
+        out = self.emit(aten.linear.default, rebuild(given), weight, bias, name="rows")
         features = [dim[0].size for dim in layout if not dim[0].role]
-        out = self._emit(aten.unflatten.int, out, 2, features, name="split")
+        out = self.emit(aten.unflatten.int, out, 2, features, name="split")
         roles = [dim[0].role for dim in self.walk[rows.linear][:2]]
         order, next_feature = [], 2
         for dim in layout:
             order.append(roles.index(dim[0].role) if dim[0].role else next_feature)
             next_feature += not dim[0].role
-        return self._emit(aten.permute.default, out, order, name="ordered")
+        name = rebuild.prefix + view.name
+        return emit(self.graph, aten.permute.default, out, order, name=name, like=self.opened.exit)
 
-    def _weights(self, rows: Projection) -> tuple[fx.Node, Any, Any]:
+    def weights(self, rows: Projection) -> tuple[fx.Node, Any, Any]:
+        """The input of a projection, its weight (width, C) and its bias, if any."""
         given, weight, bias = (*rows.linear.args, None)[:3]
         assert isinstance(given, fx.Node)
         if not rows.is_whole:
-            weight = self._emit(ops.take_rows, weight, *rows.rows, name="weight")
-            bias = bias and self._emit(ops.take_rows, bias, *rows.rows, name="bias")
+            weight = self.emit(ops.take_rows, weight, *rows.rows, name="weight")
+            bias = bias and self.emit(ops.take_rows, bias, *rows.rows, name="bias")
         return given, weight, bias
 
     def _standard(self, node: fx.Node, layout: Layout) -> fx.Node:
@@ -149,38 +157,49 @@ class Head:
             val = node.meta["val"]
             count = next(lay.number(val.shape[d]) for d, dim in enumerate(layout) if lay.is_tokens(dim))
             shape = [-1 if f.role == "batch" else count if f.role == "tokens" else f.size for f in factors]
-            node = self._emit(aten.reshape.default, node, shape, name="factors")
-            node = self._emit(aten.permute.default, node, order, name="ordered")
+            node = self.emit(aten.reshape.default, node, shape, name="factors")
+            node = self.emit(aten.permute.default, node, order, name="ordered")
         rank = len(factors)
         if rank == 3:
-            return self._emit(aten.unsqueeze.default, node, 1, name="one_head")
-        return self._emit(aten.flatten.using_ints, node, 1, rank - 3, name="heads") if rank > 4 else node
+            return self.emit(aten.unsqueeze.default, node, 1, name="one_head")
+        return self.emit(aten.flatten.using_ints, node, 1, rank - 3, name="heads") if rank > 4 else node
 
     def _affine(self, selector: str) -> fx.Node:
         total = None
-        heads = sum(lay.heads(self.walk[core.query]) for core in self.opened.cores)
         for core in self.opened.cores:
-            query, key = (projection(self.walk, node, up_to_scale=True) for node in (core.query, core.key))
-            assert query is not None and key is not None
-            given, weight, bias = self._weights(query)
+            query, key = self.projections(core)
+            given, weight, bias = self.weights(query)
             one = self._one_token(self.all_tokens(given), self._token_dim(query), selector)
-            one = self._emit(aten.linear.default, one, weight, bias, name="query")
-            given, weight, _ = self._weights(key)
-            tokens = self.all_tokens(given)
-            if self._token_dim(key) == 0:
-                tokens = self._emit(aten.transpose.int, tokens, 0, 1, name="tokens")
-            scaled = self._emit(aten.div.Tensor, one, heads, name="scaled")
-            direction = self._emit(aten.matmul.default, scaled, weight, name="direction")
-            column = self._emit(aten.unsqueeze.default, direction, 2, name="column")
-            dots = self._emit(aten.matmul.default, tokens, column, name="dots")
-            total = dots if total is None else self._emit(aten.add.Tensor, total, dots, name="sum")
-        return self._emit(aten.squeeze.dim, total, 2, name="scores")
+            one = self.emit(aten.linear.default, one, weight, bias, name="query")
+            _, weight, _ = self.weights(key)
+            scaled = self.emit(aten.div.Tensor, one, self.head_count, name="scaled")
+            direction = self.emit(aten.matmul.default, scaled, weight, name="direction")
+            column = self.emit(aten.unsqueeze.default, direction, 2, name="column")
+            dots = self.emit(aten.matmul.default, self.tokens(key), column, name="dots")
+            total = dots if total is None else self.emit(aten.add.Tensor, total, dots, name="sum")
+        return self.emit(aten.squeeze.dim, total, 2, name="scores")
+
+    @property
+    def head_count(self) -> int:
+        """How many heads all attention cores have together."""
+        return sum(lay.heads(self.walk[core.query]) for core in self.opened.cores)
+
+    def projections(self, core: Core) -> tuple[Projection, Projection]:
+        """The linear layers of queries and keys, where both are affine."""
+        query, key = (projection(self.walk, node, up_to_scale=True) for node in (core.query, core.key))
+        assert query is not None and key is not None
+        return query, key
+
+    def tokens(self, rows: Projection) -> fx.Node:
+        """What a projection is made of, for all tokens (B, N, C)."""
+        tokens = self.all_tokens(rows.linear.all_input_nodes[0])
+        return self.emit(aten.transpose.int, tokens, 0, 1, name="tokens") if self._token_dim(rows) == 0 else tokens
 
     def _token_dim(self, rows: Projection) -> int:
         return [dim[0].role for dim in self.walk[rows.linear]].index("tokens")
 
     def _one_token(self, tokens: fx.Node, dim: int, selector: str) -> fx.Node:
         if selector == "class":
-            return self._emit(aten.select.int, tokens, dim, self.block.class_token, name="class_token")
-        mean = self._emit(ops.mean_tokens, tokens, self.block.prefix, dim, name="mean")
-        return self._emit(aten.squeeze.dim, mean, dim, name="mean_token")
+            return self.emit(aten.select.int, tokens, dim, self.block.class_token, name="class_token")
+        mean = self.emit(ops.mean_tokens, tokens, self.block.prefix, dim, name="mean")
+        return self.emit(aten.squeeze.dim, mean, dim, name="mean_token")

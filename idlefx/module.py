@@ -1,6 +1,8 @@
 """The result of a conversion: a graph module that stays what its model was to its users."""
 
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,23 @@ from torch.utils._pytree import tree_leaves
 from idlefx.graph import by_name
 from idlefx.records import BlockTable, Plan
 from idlefx.tidy import adopt, owner_of
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a model does in one mode.
+
+    Attributes:
+        root: Holds the tensors that the graphs read.
+        source: The graph as it was captured.
+        plan: The plan, whose blocks are nodes of that graph.
+        graph: The graph as it was rewritten.
+    """
+
+    root: nn.Module
+    source: fx.Graph
+    plan: Plan
+    graph: fx.Graph
 
 
 class IdleModule(fx.GraphModule):
@@ -28,12 +47,19 @@ class IdleModule(fx.GraphModule):
     plan: Plan
     blocks: BlockTable
 
-    def __init__(self, evaluation: fx.GraphModule, training: fx.GraphModule, plan: Plan, facts: dict[str, Any]) -> None:
-        super().__init__(evaluation, evaluation.graph, "IdleModule")
-        graphs = {False: evaluation.graph, True: training.graph}
-        _add_constants(self, training)
-        adopt(self, evaluation)
-        self.meta["idlefx"] = {**facts, "plan": plan, "graphs": graphs}
+    def __init__(self, evaluation: Form, training: Form, facts: dict[str, Any]) -> None:
+        super().__init__(evaluation.root, evaluation.graph, "IdleModule")
+        forms, plan = {False: evaluation, True: training}, evaluation.plan
+        graphs = {graph: form.root for form in forms.values() for graph in (form.graph, form.source)}
+        for graph, root in graphs.items():
+            _add_constants(self, root, graph)
+        adopt(self, evaluation.root)
+        self.meta["idlefx"] = {
+            **facts,
+            "plan": plan,
+            "graphs": {mode: form.graph for mode, form in forms.items()},
+            "sources": {mode: (form.source, form.plan) for mode, form in forms.items()},
+        }
         for name, records in (("plan", plan), ("blocks", plan.blocks)):
             own = self._modules.get(name)
             if own is not None:  # most models call their blocks so: one attribute serves both
@@ -59,6 +85,9 @@ class IdleModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IdleModule":
         copied: IdleModule = super().__deepcopy__(memo)  # type: ignore[assignment]
+        tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        for name, tensor in tensors:  # those that the graph of the present mode does not read
+            _place(copied, name, deepcopy(tensor, memo))
         adopt(copied, self)
         return copied
 
@@ -89,20 +118,26 @@ class _Listing(nn.Module):
             return getattr(self.records, name)
 
 
-def _add_constants(module: nn.Module, training: fx.GraphModule) -> None:
-    """Give `module` the constants that only the train graph reads, under names that are free."""
-    for node in training.graph.find_nodes(op="get_attr"):
+def _add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
+    """Give `module` the constants of `root` that only this graph reads, under names that are free."""
+    for node in graph.find_nodes(op="get_attr"):
         path, _, leaf = str(node.target).rpartition(".")
-        tensor = getattr(training.get_submodule(path), leaf)
+        tensor = getattr(root.get_submodule(path), leaf)
         owner, _ = owner_of(module, str(node.target))
-        if getattr(owner, leaf, None) is tensor:
-            continue
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(leaf, tensor)
-            continue
-        free = leaf if not hasattr(owner, leaf) else f"{leaf}_in_training"
-        owner.register_buffer(free, tensor)
-        node.target = f"{path}.{free}" if path else free
+        if getattr(owner, leaf, tensor) is not tensor:
+            node.target += "_in_training"
+        _place(module, str(node.target), tensor)
+
+
+def _place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Let a module have a parameter or buffer of that name, if it has none."""
+    owner, leaf = owner_of(module, name)
+    if hasattr(owner, leaf):
+        return
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)
 
 
 def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.Tensor]:

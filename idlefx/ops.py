@@ -4,17 +4,20 @@ import torch
 from torch import Tensor
 
 
-def choose_tokens(scores: Tensor, prefix: tuple[int, ...], kept: int) -> Tensor:
+def choose_tokens(scores: Tensor, prefix: tuple[int, ...], kept: int, among: Tensor | None = None) -> Tensor:
     """Positions of the prefix tokens and of the image tokens that score highest.
 
     Args:
         scores: A score per token (B, N); those of the prefix are not looked at.
         prefix: Positions of the P prefix tokens.
         kept: K, how many image tokens to keep. A tie goes to the lower position.
+        among: Positions (B, n) of the prefix tokens and of at least K image tokens to choose from; all if None.
 
     Returns:
         Positions (B, P + K), ascending.
     """
+    if among is not None:
+        scores = _ranks(scores, among)
     count = len(prefix)
     if prefix == tuple(range(count)):
         best = _highest(scores[:, count:], kept).sort(dim=1).values + count
@@ -28,6 +31,13 @@ def choose_tokens(scores: Tensor, prefix: tuple[int, ...], kept: int) -> Tensor:
 
 def _highest(scores: Tensor, kept: int) -> Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)[:, :kept]
+
+
+def _ranks(scores: Tensor, among: Tensor) -> Tensor:
+    """Scores that order as before, those of tokens to choose from above all others, whatever they were."""
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    allowed = torch.zeros_like(rank).scatter(1, among, scores.shape[1])
+    return allowed - rank
 
 
 def fixed_tokens(x: Tensor, positions: tuple[int, ...], batch_dim: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -10,8 +11,8 @@ from torch import fx, nn
 from idlefx.blocks import find_blocks
 from idlefx.errors import IdleFxError, PassError
 from idlefx.frontend import Captured, capture
-from idlefx.module import IdleModule
-from idlefx.passes import idle_tokens, lower_spellings, normalize_attention, select_tokens
+from idlefx.module import Form, IdleModule
+from idlefx.passes import add_cut_loss, idle_tokens, lower_spellings, normalize_attention, select_tokens
 from idlefx.planning import make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.tidy import adopt
@@ -21,6 +22,7 @@ Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 
 SPELL: tuple[Pass, ...] = (lower_spellings, normalize_attention)
 REWRITE: tuple[Pass, ...] = (select_tokens, idle_tokens)
+REWRITE_WITH_LOSS: tuple[Pass, ...] = (select_tokens, add_cut_loss, idle_tokens)
 
 
 def convert(
@@ -30,6 +32,7 @@ def convert(
     *,
     schedule: str = "stages",
     selector: str = "auto",
+    reselect: bool = True,
     prefix: int | Sequence[int] | None = None,
     example_inputs: Any = None,
     copy: bool = True,
@@ -44,6 +47,7 @@ def convert(
             With "stages" one ratio compounds: stage s keeps `keep ** (s + 1)` in every block of it.
         schedule: "stages" or "blocks".
         selector: Name of the token score; "auto" takes the logits of the class token, or of the mean query.
+        reselect: Whether a token that idles may work again in a later block. False is pruning, for comparison.
         prefix: Number of leading prefix tokens, or their positions; found if None.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed for timm, torchvision
             and Hugging Face models.
@@ -60,11 +64,37 @@ def convert(
     """
     captured = capture(model, example_inputs, copy_model=copy)
     spelled = spell(captured.eval_graph)
-    plan = make_plan(find_blocks(spelled, prefix), layers, keep, schedule, selector)
-    evaluation = rewrite(spelled, plan, captured.eval_graph)
-    training = _for_training(captured, plan, evaluation, prefix)
-    result = IdleModule(evaluation, training, plan, captured.facts)
-    return result.train(captured.training)
+    plan = make_plan(find_blocks(spelled, prefix), layers, keep, schedule, selector, reselect)
+    rewritten = rewrite(spelled, plan, captured.eval_graph)
+    evaluation = Form(captured.eval_graph, deepcopy(captured.eval_graph.graph), plan, rewritten.graph)
+    training = _for_training(captured, evaluation, prefix)
+    return IdleModule(evaluation, training, captured.facts).train(captured.training)
+
+
+def with_cut_loss(idle: IdleModule) -> IdleModule:
+    """A converted model that returns its token cut loss too, for training; it shares the parameters.
+
+    The loss looks at queries and keys of all tokens, which an idling block no longer has. So it is not added to the
+    graph of `idle`: the graph that was captured, which `idle` remembers, is rewritten anew by the same plan.
+
+    Args:
+        idle: A converted model; it stays untouched. Move it to its device first.
+
+    Returns:
+        A module like `idle`, whose forward returns `(output, cut_loss)`; the loss is a scalar, averaged over the
+        idling blocks. What trains it trains `idle`.
+
+    Source:
+        IdleViT, arXiv:2310.05654; `idlefx.losses.token_cut` states the formula.
+    """
+    facts = idle.meta["idlefx"]
+    forms: dict[fx.Graph, Form] = {}
+    for source, plan in facts["sources"].values():
+        if source not in forms:
+            rewritten = _run(REWRITE_WITH_LOSS, spell(idle, source), plan)
+            forms[source] = Form(idle, source, plan, rewritten.graph)
+    evaluation, training = (forms[facts["sources"][mode][0]] for mode in (False, True))
+    return IdleModule(evaluation, training, facts).train(idle.training)
 
 
 def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Sequence[int] | None = None) -> BlockTable:
@@ -81,9 +111,9 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Seque
     return find_blocks(spell(capture(model, example_inputs).eval_graph), prefix)
 
 
-def spell(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which everything is spelled in the ways that the analysis knows."""
-    copied = fx.GraphModule(module, deepcopy(module.graph))
+def spell(module: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule:
+    """A copy in which everything is spelled in the ways that the analysis knows; of another graph if one is given."""
+    copied = fx.GraphModule(module, deepcopy(module.graph if graph is None else graph))
     adopt(copied, module)
     return _run(SPELL, copied, Plan((), BlockTable(())))
 
@@ -106,16 +136,18 @@ def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.Graph
             raise
         except Exception as error:
             raise PassError(f"in pass {step.__name__}: {type(error).__name__}: {error}") from error
+        if step is add_cut_loss:  # the one pass that promises more than it found
+            promise = replace(promise, outputs=(*promise.outputs, *promise_of(module).outputs[-1:]))
         verify(module, promise, step.__name__)
     module.recompile()
     return module
 
 
-def _for_training(captured: Captured, plan: Plan, evaluation: fx.GraphModule, prefix: Any) -> fx.GraphModule:
+def _for_training(captured: Captured, evaluation: Form, prefix: Any) -> Form:
     """The train-mode graph with the same plan; its nodes have names of their own, so its blocks are found anew."""
     if captured.train_graph is captured.eval_graph:
         return evaluation
-    spelled = spell(captured.train_graph)
+    spelled, plan = spell(captured.train_graph), evaluation.plan
     blocks = find_blocks(spelled, prefix)
     same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
     if not same or not all(blocks[s.block].can_idle for s in plan):
@@ -124,4 +156,6 @@ def _for_training(captured: Captured, plan: Plan, evaluation: fx.GraphModule, pr
             stacklevel=3,
         )
         return evaluation
-    return rewrite(spelled, Plan(plan.steps, blocks), captured.train_graph)
+    plan = replace(plan, blocks=blocks)
+    rewritten = rewrite(spelled, plan, captured.train_graph)
+    return Form(captured.train_graph, deepcopy(captured.train_graph.graph), plan, rewritten.graph)

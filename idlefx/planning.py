@@ -17,6 +17,7 @@ def make_plan(
     keep: float | Sequence[float],
     schedule: str = "stages",
     selector: str = AUTO,
+    reselect: bool = True,
 ) -> Plan:
     """Which block keeps how many image tokens.
 
@@ -27,6 +28,7 @@ def make_plan(
             `layers` its own.
         schedule: "stages" or "blocks".
         selector: Name of the token score.
+        reselect: Whether a token that idles may work again in a later block.
 
     Raises:
         PlanError: Anything of these does not fit the model.
@@ -41,7 +43,10 @@ def make_plan(
     if schedule == "stages":
         ends = [start for start, _ in pairs[1:]] + [len(blocks)]
         pairs = [(index, ratio) for (start, ratio), end in zip(pairs, ends, strict=True) for index in range(start, end)]
-    return Plan(tuple(_step(blocks, index, ratio, selector) for index, ratio in pairs), blocks)
+    plan = Plan(tuple(_step(blocks, index, ratio, selector) for index, ratio in pairs), blocks, reselect)
+    if not reselect:
+        _check_pruning(plan)
+    return plan
 
 
 def kept_tokens(keep: float, tokens: int) -> int:
@@ -92,6 +97,31 @@ def _step(blocks: BlockTable, index: int, ratio: float, selector: str) -> Step:
     form = ("affine" if block.affine else "keys") if name in LOGITS else ""
     kept = kept_tokens(ratio, block.image_tokens)
     return Step(index, block.path, ratio, kept, block.image_tokens, name, form)
+
+
+def _check_pruning(plan: Plan) -> None:
+    """Where no token may return, no later block may work on more tokens than are left, or on other ones."""
+    steps = {step.block: step for step in plan}
+    before: Step | None = None
+    for block in plan.blocks:
+        step = steps.get(block.index)
+        kept = step.kept if step is not None else block.image_tokens
+        if before is not None:
+            last = plan.blocks[before.block]
+            what = f"block {block.index} ({block.path or 'no path'})"
+            if (block.tokens, block.prefix) != (last.tokens, last.prefix):
+                raise PlanError(
+                    f"plan: with reselect=False {what} must have the tokens of block {last.index}, but it has "
+                    f"{block.tokens or 'unknown ones'}, {len(block.prefix)} of them prefix, where that has "
+                    f"{last.tokens} and {len(last.prefix)}; let tokens return, with reselect=True"
+                )
+            if kept > before.kept:
+                remedy = "lower its keep ratio" if step is not None else "list it too, or use schedule='stages'"
+                raise PlanError(
+                    f"plan: with reselect=False {what} would work on {kept} image tokens, but only {before.kept} are "
+                    f"left after block {last.index}; {remedy}, or let tokens return, with reselect=True"
+                )
+        before = step if step is not None and step.idles else before
 
 
 def _resolve(block: Block, selector: str) -> str:

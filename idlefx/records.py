@@ -147,10 +147,12 @@ class Plan(Sequence[Step]):
     Attributes:
         steps: One for each block that was named, directly or through its stage.
         blocks: The table that the steps refer to.
+        reselect: Whether a token that idles may work again in a later block.
     """
 
     steps: tuple[Step, ...]
     blocks: BlockTable
+    reselect: bool = True
 
     @overload
     def __getitem__(self, index: int) -> Step: ...
@@ -171,4 +173,5 @@ class Plan(Sequence[Step]):
             for s in self.steps
         ]
         head = ["block", "path", "keep", "image tokens kept", "selector", "form"]
-        return tabulate(rows, headers=head, disable_numparse=True)
+        table = tabulate(rows, headers=head, disable_numparse=True)
+        return table if self.reselect else table + "\na token that idles never works again (reselect=False)"

@@ -1,13 +1,15 @@
 """The graph passes, one a file, imported as `idlefx.passes`.
 
 A pass is a function `(module, plan) -> module`. It edits the graph in place, keeps no state and prints nothing;
-with an empty plan it changes nothing but the spelling of attention. Nodes it adds carry their example values. It
-may be run on any module that `idlefx.frontend` captured, and is checked by the runner in `idlefx.pipeline`.
+with an empty plan it changes nothing but the spelling of attention; `add_cut_loss` alone adds an output. Nodes it
+adds carry their example values. It may be run on any module that `idlefx.frontend` captured, and is checked by the
+runner in `idlefx.pipeline`.
 """
 
+from idlefx.passes.cut_loss import add_cut_loss
 from idlefx.passes.idle import idle_tokens
 from idlefx.passes.lower import lower_spellings
 from idlefx.passes.normalize import normalize_attention
 from idlefx.passes.select import select_tokens
 
-__all__ = ["idle_tokens", "lower_spellings", "normalize_attention", "select_tokens"]
+__all__ = ["add_cut_loss", "idle_tokens", "lower_spellings", "normalize_attention", "select_tokens"]

@@ -1,7 +1,8 @@
 """Give every idling block a selector head: scores of all tokens, and the positions of those that work.
 
 1. A step that idles gets `idle_<block>_scores` (B, N) and `idle_<block>_index` (B, P + K).
-2. Nothing reads the positions yet, so nothing changes.
+2. If the plan lets no token return, the choice is made among the tokens that worked in the idling block before.
+3. Nothing reads the positions yet, so nothing changes.
 """
 
 from torch import fx
@@ -16,6 +17,7 @@ from idlefx.records import Plan
 def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Insert the selector heads of the plan."""
     graph = module.graph
+    before: fx.Node | None = None
     for step in plan:
         if step.idles:
             block = plan.blocks[step.block]
@@ -23,5 +25,7 @@ def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             name = f"idle_{block.index}_index"
             with graph.inserting_before(opened.exit):
                 scores = Head(graph, block, opened).build(step)
-                emit(graph, ops.choose_tokens, scores, block.prefix, step.kept, name=name, like=opened.exit)
+                choice = (scores, block.prefix, step.kept, *([] if before is None else [before]))
+                index = emit(graph, ops.choose_tokens, *choice, name=name, like=opened.exit)
+            before = None if plan.reselect else index
     return module

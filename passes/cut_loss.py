@@ -1,0 +1,92 @@
+"""Give the model a second output: the token cut loss, averaged over the idling blocks.
+
+1. A step that idles gets `idle_<block>_cut`, made of queries and keys of all tokens. The mean over heads of their
+   products is one product over the features of all heads.
+2. Where both are affine, `<W_q x + b_q, W_k y>` is `<W_kᵀ (W_q x + b_q), y>` up to what all y have in common, which the
+   softmax takes away: one projection instead of two, and the keys are the normalised input itself.
+3. Elsewhere queries and keys are computed as for a score; what the score has computed already is used again.
+4. The logits have the attention's own scale, learned ones too. Biases, masks and the mixing of heads are left out.
+5. The output becomes `(output, cut_loss)`. Where nothing idles, the loss is zero.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._pytree import treespec_leaf, treespec_tuple
+
+from idlefx import losses
+from idlefx.anchors import Core
+from idlefx.blocks import image_input, open_block
+from idlefx.graph import by_name, output_of
+from idlefx.heads import Head
+from idlefx.rebuild import emit
+from idlefx.records import Plan
+
+aten = torch.ops.aten
+
+
+def add_cut_loss(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Insert the losses of the plan's blocks; their heads must be there (`select`), and the blocks still be dense."""
+    graph = module.graph
+    found = []
+    for step in plan:
+        if step.idles:
+            block = plan.blocks[step.block]
+            opened = open_block(graph, block)
+            index = by_name(graph)[f"idle_{block.index}_index"]
+            with graph.inserting_before(opened.exit):
+                head = Head(graph, block, opened)
+                pairs = [_pair(head, core, block.affine and not core.scalings) for core in opened.cores]
+                queries, keys = (_joined(head, list(parts)) for parts in zip(*pairs, strict=True))
+                found.append(head.emit(losses.token_cut, queries, keys, index, block.prefix, name="cut"))
+    _return_too(graph, found)
+    return module
+
+
+def _pair(head: Head, core: Core, affine: bool) -> tuple[fx.Node, fx.Node]:
+    """What stands for the queries and keys of a core (B, N, F) in the mean over all heads."""
+    if not affine:
+        queries, keys = (head.heads_of(core, head.all_tokens, keys=keys) for keys in (False, True))
+        queries = head.emit(aten.mul.Tensor, queries, core.scale / head.head_count, name="cut_scaled")
+        for node in core.scalings:
+            factors = [queries if operand in head.walk else operand for operand in node.args]
+            queries = head.emit(node.target, *factors, name="cut_scaled")
+        return _flat(head, queries), _flat(head, keys)
+    query, key = head.projections(core)
+    scale = core.scale * query.factor * key.factor / head.head_count
+    (_, to_query, bias), (_, to_key, _) = head.weights(query), head.weights(key)
+    to_key = head.emit(aten.mul.Tensor, to_key, scale, name="cut_scaled")
+    back = head.emit(aten.t.default, to_key, name="cut_back")
+    both = head.emit(aten.matmul.default, back, to_query, name="cut_weight")
+    shift = bias and head.emit(aten.mv.default, back, bias, name="cut_bias")
+    return head.emit(aten.linear.default, head.tokens(query), both, shift, name="cut_queries"), head.tokens(key)
+
+
+def _flat(head: Head, heads: fx.Node) -> fx.Node:
+    """(B, H, N, D) as (B, N, H * D)."""
+    rows = head.emit(aten.transpose.int, heads, 1, 2, name="cut_rows")
+    return head.emit(aten.flatten.using_ints, rows, 2, name="cut_rows")
+
+
+def _joined(head: Head, parts: list[fx.Node]) -> fx.Node:
+    return parts[0] if len(parts) == 1 else head.emit(aten.cat.default, parts, 2, name="cut_joined")
+
+
+def _return_too(graph: fx.Graph, found: list[fx.Node]) -> None:
+    output, codegen = output_of(graph), graph._codegen
+    like: Any = found[-1] if found else image_input(graph)
+    with graph.inserting_before(output):
+        if found:
+            blocks = emit(graph, aten.stack.default, found, name="cut_losses", like=like)
+            loss = emit(graph, aten.mean.default, blocks, name="cut_loss", like=like)
+        else:
+            loss = emit(graph, aten.new_zeros.default, like, [], name="cut_loss", like=like)
+    if isinstance(codegen, _PyTreeCodeGen):
+        info = codegen.pytree_info
+        assert info.out_spec is not None
+        codegen.pytree_info = info._replace(out_spec=treespec_tuple([info.out_spec, treespec_leaf()]))
+        output.args = ((*output.args[0], loss),)  # type: ignore[misc]
+    else:
+        output.args = ((output.args[0], loss),)

@@ -1,0 +1,70 @@
+"""Compiled equals eager; one graph serves every batch size; a compiled model that is off is refused."""
+
+import pytest
+import timm
+import torch
+from models import SMALL, build, images
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import idlefx
+from idlefx.parity import TOLERANCE, check_parity, example_of
+
+
+@pytest.fixture
+def idle():
+    return idlefx.convert(build("vit"), [1, 3], 0.5, schedule="blocks")
+
+
+@torch.no_grad()
+def test_compiled_equals_eager_in_one_graph_for_all_batches():
+    model = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "depth": 2}).eval()
+    idle = idlefx.convert(model, [0, 1], 0.5)
+    counter = CompileCounterWithBackend("inductor")
+    fast = idlefx.compile(idle, backend=counter)
+    for batch in (3, 5):
+        x = images(model, batch)
+        assert torch.allclose(fast(x), idle(x), atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_batch_that_is_not_free_is_compiled_anew(idle):
+    counter = CompileCounterWithBackend("eager")
+    fast = idlefx.compile(idle, backend=counter, dynamic=False, verify=False)
+    for batch in (3, 5):
+        fast(torch.randn(batch, 3, 48, 48))
+    assert counter.frame_count == 2
+
+
+def faulty(gm, _):
+    return lambda *inputs: [0.99 * out for out in gm(*inputs)]
+
+
+def test_compiled_model_that_is_off_is_refused(idle):
+    with pytest.raises(idlefx.PassError, match=r"compiled model differs from the eager one by 0\.01 .* verify=False"):
+        idlefx.compile(idle, backend=faulty)
+    assert idlefx.compile(idle, backend=faulty, verify=False) is not None
+
+
+def test_parity_notices_what_is_no_number(idle):
+    with pytest.raises(idlefx.PassError, match="differs from the eager one by nan"):
+        check_parity(idle, lambda x: idle(x) * float("nan"), "other")
+
+
+def test_model_in_train_mode_is_not_run(idle):
+    def never(gm, _):
+        raise AssertionError("it was compiled")
+
+    assert idlefx.compile(idle.train(), backend=never).training
+
+
+def test_example_has_the_structure_of_the_inputs():
+    model = build("vit")
+    (x,), keywords = example_of(idlefx.convert(model, [1], 0.5))
+    assert (x.shape, x.dtype, keywords) == ((2, 3, 48, 48), torch.float32, {})
+    named = idlefx.convert(model, [1], 0.5, example_inputs={"x": images(model, 2)})
+    args, keywords = example_of(named)
+    assert args == () and list(keywords) == ["x"]
+    half = idlefx.convert(build("vit").bfloat16(), [1], 0.5)
+    assert example_of(half)[0][0].dtype == torch.bfloat16
+    assert check_parity(half, half, "same") == 0.0 < TOLERANCE[torch.bfloat16]
