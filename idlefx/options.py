@@ -1,0 +1,127 @@
+"""The options of `python -m idlefx.finetune`."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from idlefx import checkpoints
+from idlefx.batches import Batches
+from idlefx.settings import Settings
+from idlefx.sources import GLYPHS, Source
+
+# The embedded example: new scenes in every step, so nothing to overfit and no need for augmentation.
+EXAMPLE = {
+    "model": "idlefx.models:glyph_vit", "layers": [3, 6, 9], "keep": [0.5], "augment": "none", "erase": 0.0,
+    "epochs": 1, "batch_size": 128, "lr": 3e-4, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "workers": 0,
+}  # fmt: skip
+
+DECISIVE = ("model", "layers", "keep", "schedule", "selector", "reselect", "batch_size", "augment", "erase")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options from the command line; those that a resumed run or the embedded example decides are defaults.
+
+    Raises:
+        InputError: The run to be resumed is not there.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.resume is not None:
+        parser.set_defaults(**checkpoints.read_plan(options.resume)["options"], resume=options.resume)
+    elif options.data == GLYPHS:
+        parser.set_defaults(**EXAMPLE)
+    elif options.model is None or options.layers is None:
+        parser.error("--data needs --model and --layers")
+    return parser.parse_args(arguments)
+
+
+def stored(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as a resumed run needs them."""
+    left_out = ("resume", "out")
+    return {key: value for key, value in vars(options).items() if key not in left_out}
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings among the options."""
+    return Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
+
+
+def source_of(options: argparse.Namespace) -> Source:
+    """Where the options say the data is."""
+    return Source(
+        options.data, options.data_root, options.train_split, options.val_split, options.augment, options.erase
+    )
+
+
+def decisive(options: argparse.Namespace, train: Batches, val: Batches) -> dict[str, Any]:
+    """What must be the same for a run to go on exactly; where the images lie may change."""
+    facts = {name: getattr(options, name) for name in DECISIVE}
+    return {**facts, "images": [len(train.dataset), len(val.dataset)], "processes": train.world.size}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m idlefx.finetune",
+        description="Fine-tune a model for idling; without arguments a small one on an embedded data set.",
+    )
+    source = parser.add_argument_group("model")
+    source.add_argument("--model", help="a timm name, or package.module:callable")
+    source.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
+    source.add_argument("--checkpoint", metavar="FILE", help="weights to load, safetensors")
+    source.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images, if not the model's own")
+    source.add_argument("--example-shape", type=_shape, metavar="2,3,224,224", help="shape of an input, if not known")
+
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--layers", type=int, nargs="+", help="blocks that open a stage, from 0")
+    plan.add_argument(
+        "--keep", type=float, nargs="+", default=[0.7], help="share of tokens that work: one, or one per layer"
+    )
+    plan.add_argument("--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle")
+    plan.add_argument("--selector", default="auto", help="the token score")
+    plan.add_argument("--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found")
+    _switch(plan, "reselect", True, "let idle tokens be chosen again in later blocks")
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", default=GLYPHS, metavar="PATH", help="a folder, or a data set as timm names it: hfds/…, wds/…"
+    )
+    data.add_argument("--data-root", metavar="PATH", help="where a named data set lies or is cached")
+    data.add_argument("--train-split", default="train", help="the folder or split to train on")
+    data.add_argument("--val-split", default="validation", help="the folder or split to evaluate on")
+    data.add_argument("--augment", default="rand-m9-mstd0.5-inc1", help="timm's policy, or none")
+    data.add_argument("--erase", type=float, default=0.25, help="share of the images of which a part is erased")
+    data.add_argument("--batch-size", type=int, default=64, help="images in a batch of one process")
+    data.add_argument("--workers", type=int, default=4, help="processes that read images, for each that trains")
+
+    training = parser.add_argument_group("training")
+    for each in fields(Settings):
+        _setting(training, each.name, each.default, each.metadata["help"])
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="where the files go; by default a new one in runs/")
+    run.add_argument("--resume", type=Path, metavar="DIR", help="continue the run there as if it had not ended")
+    run.add_argument("--device", help="cpu or cuda; a GPU by default, if there is one")
+    _switch(run, "tensorboard", False, "write for TensorBoard too")
+    return parser
+
+
+def _setting(group: Any, name: str, default: Any, text: str) -> None:
+    if isinstance(default, bool):
+        _switch(group, name, default, text)
+    else:
+        shown = f"{text} ({default:g})"
+        group.add_argument(_flag(name), type=type(default), default=default, metavar="NUMBER", help=shown)
+
+
+def _switch(group: Any, name: str, default: bool, text: str) -> None:
+    group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, default=default, help=text)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
