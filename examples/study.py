@@ -1,0 +1,212 @@
+"""What idling costs in accuracy and what a short fine-tune wins back, on the scenes that the package draws.
+
+Idling is compared with pruning, where a token that idles once never returns, on the same budget; with and without the
+token cut loss; and by token score. Every result is kept as soon as it is there; an interrupted study goes on.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from idlefx import IdleModule, convert
+from idlefx.batches import Batches
+from idlefx.data import Glyphs
+from idlefx.files import whole_file
+from idlefx.finetune import finetune
+from idlefx.models import glyph_vit
+from idlefx.module import selections
+from idlefx.settings import Settings
+
+HERE = Path(__file__).parent
+LAYERS, KEEPS, SEEDS = (3, 6, 9), (0.9, 0.8, 0.7, 0.6, 0.5), (0, 1, 2)
+BATCH, LOOKED_AT = 128, 512  # scenes of a step; scenes on which it is counted what is looked at
+METHODS: dict[str, dict[str, Any]] = {
+    "idle": {"w_cut": 0.0},
+    "idle, cut loss": {},
+    "pruned": {"w_cut": 0.0, "reselect": False},
+}
+SELECTORS, SELECTORS_AT = ("mean", "norm", "random"), 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune of the study."""
+
+    keep: float
+    method: str
+    selector: str
+    seed: int
+    steps: int
+    scenes: int  # held-out ones that measure accuracy
+
+
+def planned(args: argparse.Namespace) -> list[Run]:
+    """All runs, those that tell most first."""
+    seeds = SEEDS[: args.seeds]
+    methods = [(keep, method, "auto") for keep in sorted(KEEPS, key=KEEPS[::-1].index) for method in METHODS]
+    scores = [(SELECTORS_AT, "idle", selector) for selector in SELECTORS]
+    return [Run(*what, seed, args.steps, args.scenes) for seed in seeds for what in [*methods, *scores]]
+
+
+@cache
+def scenes(split: str, size: int, seed: int) -> Glyphs:
+    transform = create_transform(**resolve_data_config({}, model=glyph_vit()))
+    return Glyphs(split, size=size, seed=seed, transform=transform, in_memory=True)
+
+
+def carry_out(run: Run) -> dict[str, Any]:
+    """Convert, tune and measure."""
+    torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
+    options = dict(METHODS[run.method])
+    reselect = options.pop("reselect", True)
+    dense = glyph_vit()
+    idle = convert(dense, LAYERS, run.keep, selector=run.selector, reselect=reselect)
+    train = Batches(scenes("train", run.steps * BATCH, 1000 + run.seed), BATCH, training=True, seed=run.seed)
+    test = Batches(scenes("test", run.scenes, 0), 256)
+    settings = Settings(
+        epochs=1, lr=3e-4, mixup=0.0, cutmix=0.0, smoothing=0.0, ema=0.0, seed=run.seed, **options
+    )  # fmt: skip
+    before = looked_at(idle)
+    history = finetune(dense, idle, train, test, settings)
+    return {
+        **asdict(run), "dense": history.dense, "untuned": history.untuned, "tuned": history.tuned,
+        "dense_gmacs": history.dense_gmacs, "idle_gmacs": history.idle_gmacs,
+        "kept_before": before, "kept_after": looked_at(idle),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def looked_at(idle: IdleModule) -> dict[int, tuple[float, float]]:
+    """By block, the share of the tokens on the glyph that works, and of those off it."""
+    data = scenes("val", LOOKED_AT, 0)
+    images = torch.stack([data[i][0] for i in range(LOOKED_AT)])
+    masks = torch.stack([torch.from_numpy(data.mask(i)) for i in range(LOOKED_AT)])
+    step = next(iter(idle.plan))
+    side = round(step.tokens**0.5)
+    on = nn.functional.adaptive_max_pool2d(masks[:, None].float(), side).flatten(1).bool()
+    prefix = len(idle.plan.blocks[step.block].prefix)
+    return {block: _shares(index[:, prefix:] - prefix, on) for block, index in selections(idle, images).items()}
+
+
+def _shares(kept: Tensor, on: Tensor) -> tuple[float, float]:
+    works = torch.zeros_like(on).scatter(1, kept, True)
+    return works[on].float().mean().item(), works[~on].float().mean().item()
+
+
+def told(values: Iterable[float]) -> str:
+    """Mean and standard deviation."""
+    values = list(values)
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """Accuracy by keep ratio and by score, and what is looked at, as Markdown."""
+    found = defaultdict(list)
+    for result in results:
+        found[result["keep"], result["method"], result["selector"]].append(result)
+    rows, scores, looks = [], [], []
+    for keep in KEEPS:
+        idle, cut, pruned = (found[keep, method, "auto"] for method in METHODS)
+        if idle and cut and pruned:
+            ratio = idle[0]["dense_gmacs"] / idle[0]["idle_gmacs"]
+            untuned = [told(r["untuned"] for r in each[:1]) for each in (idle, pruned)]
+            tuned = [told(r["tuned"] for r in each) for each in (idle, cut, pruned)]
+            rows.append((keep, f"{ratio:.2f}", *untuned, *tuned))
+    for selector in ("auto", *SELECTORS):
+        if each := found[SELECTORS_AT, "idle", selector]:
+            name = "class attention" if selector == "auto" else selector
+            untuned = told(r["untuned"] for r in (each if selector == "random" else each[:1]))
+            scores.append((name, untuned, told(r["tuned"] for r in each)))
+    for method in METHODS:
+        for result in found[SELECTORS_AT, method, "auto"][:1]:
+            for when in ("before", "after"):
+                shares = [f"{on:.0%} / {off:.0%}" for on, off in result[f"kept_{when}"].values()]
+                looks.append((f"{method}, {when}", *shares[::3]))
+    heads = [
+        "keep",
+        "GMAC ratio",
+        "idle, untuned",
+        "pruned, untuned",
+        "idle, tuned",
+        "with the cut loss",
+        "pruned, tuned",
+    ]
+    style = {"tablefmt": "github", "disable_numparse": True}
+    dense = f"Dense: {results[0]['dense']:.1f} %, {results[0]['dense_gmacs']:.4f} GMACs."
+    parts = [
+        dense, tabulate(rows, heads, **style), tabulate(scores, ["token score", "untuned", "tuned"], **style),
+        tabulate(looks, ["on the glyph / off it", *(f"block {block}" for block in LAYERS)], **style),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over multiply-adds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    curves = {"idle, tuned": ("idle", "tuned"), "idle, tuned with the cut loss": ("idle, cut loss", "tuned"),
+              "pruned, tuned": ("pruned", "tuned"), "idle, untuned": ("idle", "untuned"),
+              "pruned, untuned": ("pruned", "untuned")}  # fmt: skip
+    for (name, (method, when)), colour in zip(curves.items(), ("C0", "C2", "C1", "C0", "C1"), strict=True):
+        points = defaultdict(list)
+        for result in results:
+            if (result["method"], result["selector"]) == (method, "auto"):
+                points[result["idle_gmacs"] * 1e3].append(result[when])
+        xs = sorted(points)
+        spread = [stdev(points[x]) if len(points[x]) > 1 else 0 for x in xs]
+        line = "--" if when == "untuned" else "-"
+        axes.errorbar(xs, [mean(points[x]) for x in xs], spread, fmt=f"o{line}", ms=4, c=colour, capsize=3, label=name)
+    axes.plot(results[0]["dense_gmacs"] * 1e3, results[0]["dense"], "k*", ms=10, label="dense")
+    axes.set(xlabel="million multiply-adds per image", ylabel="top-1 accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
+def main() -> None:
+    """Carry out what is missing, keep the results, print the tables and draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH} scenes, for every fine-tune")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
+    parser.add_argument("--scenes", type=int, default=4800, help="held-out ones that measure accuracy")
+    parser.add_argument("--jobs", type=int, default=2, help="fine-tunes at once, of one thread each")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "study.json")
+    parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "study.png")
+    args = parser.parse_args()
+
+    results = json.loads(args.results.read_text()) if args.results.exists() else []
+    names = list(Run.__dataclass_fields__)
+    done = {Run(*(result[name] for name in names)) for result in results}
+    missing = [run for run in planned(args) if run not in done]
+    args.results.parent.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), unit="run", smoothing=0) as bar:
+        for future in as_completed([pool.submit(carry_out, run) for run in missing]):
+            results.append(future.result())
+            with whole_file(args.results) as partial:
+                partial.write_text(json.dumps(results, indent=1) + "\n")
+            bar.update()
+    wanted = set(planned(args))
+    results = [result for result in results if Run(*(result[name] for name in names)) in wanted]
+    print(tables(results))
+    draw(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
