@@ -1,4 +1,4 @@
-"""Let the uninformative tokens of DeiT-S idle, on one real photograph."""
+"""Let the uninformative tokens of a trained model idle, and look at what it still looks at."""
 
 import urllib.error
 import urllib.request
@@ -8,43 +8,36 @@ import torch
 from huggingface_hub import constants
 from matplotlib import cbook
 from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 import idlefx
 from idlefx.bench import bench
+from idlefx.data import Glyphs
+from idlefx.models import glyph_vit
 
 PICTURE = "quickstart.png"
 
 
-def dense_model() -> torch.nn.Module:
-    """DeiT-S with its published weights if the hub answers, with random ones otherwise."""
+def trained_model() -> tuple[torch.nn.Module, list[str], list[Image.Image]]:
+    """A model, the names of its classes, and images for it.
+
+    DeiT-S and a portrait if the hub answers, or the small model that the package ships and scenes like those that it
+    was trained on.
+    """
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=3).close()
     except (urllib.error.URLError, TimeoutError):
         constants.HF_HUB_OFFLINE = True  # look into the cache only, instead of retrying for a minute
-    torch.manual_seed(0)
     name = "deit_small_patch16_224"
     try:
         model = timm.create_model(name, pretrained=True)
-        print(f"{name} with its published weights")
     except (OSError, RuntimeError):
-        model = timm.create_model(name)
-        print(f"{name} with RANDOM weights: the hub does not answer, so the choice of tokens means little")
-    return model.eval()
-
-
-def photograph(model: torch.nn.Module) -> tuple[str, torch.Tensor]:
-    """The portrait of Grace Hopper that matplotlib ships: its file, and the batch (1, 3, 224, 224)."""
-    from timm.data import create_transform, resolve_model_data_config
-
-    path = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    return path, create_transform(**resolve_model_data_config(model))(Image.open(path)).unsqueeze(0)
-
-
-def label(logits: torch.Tensor) -> str:
-    """ImageNet's name for the likeliest class."""
-    from timm.data import ImageNetInfo
-
-    return ImageNetInfo().index_to_description(int(logits.argmax()))
+        print(f"The hub does not answer, so instead of {name} this is the model that idlefx ships.")
+        scenes = Glyphs("test", size=5)
+        return glyph_vit(), scenes.classes, [scenes.scene(number).image for number in range(5)]
+    print(f"{name} with its published weights.")
+    portrait = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    return model.eval(), ImageNetInfo().label_descriptions(), [portrait]
 
 
 def title(text: str) -> None:
@@ -53,8 +46,9 @@ def title(text: str) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    dense = dense_model()
-    path, x = photograph(dense)
+    dense, classes, images = trained_model()
+    transform = create_transform(**resolve_model_data_config(dense))
+    x = torch.stack([transform(image) for image in images])
 
     title("What was found in the model")
     print(idlefx.inspect(dense))
@@ -71,13 +65,14 @@ def main() -> None:
     print("keeping every token gives the dense model's output:", torch.equal(all_kept(x), dense(x)))
     ours, theirs = idle(x), dense(x)
     print(f"without fine-tuning, idling moves the logits by {(ours - theirs).norm() / theirs.norm():.1%}")
-    print(f"the idling model sees: {label(ours)}; the dense one: {label(theirs)}")
+    for name, logits in (("idling", ours), ("dense", theirs)):
+        print(f"the {name} model sees:", ", ".join(classes[best] for best in logits.argmax(1)))
 
     title("What it takes")
     print(bench(dense, idle, x, batches=[1, 8], compiled=False))
 
     title("What it looks at")
-    print(idlefx.draw(idle, path, PICTURE))
+    print(idlefx.draw(idle, images, PICTURE))
 
 
 if __name__ == "__main__":

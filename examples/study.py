@@ -31,20 +31,30 @@ from idlefx.module import selections
 from idlefx.settings import Settings
 
 HERE = Path(__file__).parent
-LAYERS, KEEPS, SEEDS = (3, 6, 9), (0.9, 0.8, 0.7, 0.6, 0.5), (0, 1, 2)
-BATCH, LOOKED_AT = 128, 512  # scenes of a step; scenes on which it is counted what is looked at
+PUBLISHED, EARLY = (3, 6, 9), (2, 4, 6)  # blocks that open a stage: as in the paper, and where idling costs more
+KEEPS, SEEDS = (0.9, 0.8, 0.7, 0.6, 0.5), (0, 1, 2)
+BATCH, LOOKED_AT = 128, 480  # scenes of a step; scenes on which it is counted what is looked at
+TUNING = {"epochs": 1, "lr": 2e-4, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "ema": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
     "idle": {"w_cut": 0.0},
     "idle, cut loss": {},
     "pruned": {"w_cut": 0.0, "reselect": False},
 }
-SELECTORS, SELECTORS_AT = ("mean", "norm", "random"), 0.5
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "5": {"w_cut": 5.0},
+    "20, rising": {"cut_warmup": 1.0},
+}
+DENSE = "dense"
+OPTIONS = {**METHODS, **WEIGHTS, DENSE: {"w_cut": 0.0}}
+SELECTORS, LOW = ("mean", "norm", "random"), 0.5
+WEIGHED = ((EARLY, LOW), (PUBLISHED, 0.7))  # where weights of the cut loss are compared
 
 
 @dataclass(frozen=True)
 class Run:
     """One fine-tune of the study."""
 
+    layers: tuple[int, ...]
     keep: float
     method: str
     selector: str
@@ -55,10 +65,14 @@ class Run:
 
 def planned(args: argparse.Namespace) -> list[Run]:
     """All runs, those that tell most first."""
-    seeds = SEEDS[: args.seeds]
-    methods = [(keep, method, "auto") for keep in sorted(KEEPS, key=KEEPS[::-1].index) for method in METHODS]
-    scores = [(SELECTORS_AT, "idle", selector) for selector in SELECTORS]
-    return [Run(*what, seed, args.steps, args.scenes) for seed in seeds for what in [*methods, *scores]]
+    settings: list[tuple[tuple[int, ...], float]] = [
+        (PUBLISHED, 0.5), (EARLY, 0.5), (PUBLISHED, 0.7), (EARLY, 0.7),
+    ]  # fmt: skip
+    what = [(layers, keep, method, "auto") for layers, keep in settings for method in METHODS]
+    what += [(PUBLISHED, 1.0, DENSE, "auto"), *((*place, weight, "auto") for place in WEIGHED for weight in WEIGHTS)]
+    what += [(EARLY, LOW, "idle", selector) for selector in SELECTORS]
+    what += [(PUBLISHED, keep, method, "auto") for keep in (0.9, 0.8, 0.6) for method in METHODS]
+    return [Run(*each, seed, args.steps, args.scenes) for seed in SEEDS[: args.seeds] for each in what]
 
 
 @cache
@@ -71,17 +85,14 @@ def carry_out(run: Run) -> dict[str, Any]:
     """Convert, tune and measure."""
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
-    options = dict(METHODS[run.method])
+    options = dict(OPTIONS[run.method])
     reselect = options.pop("reselect", True)
     dense = glyph_vit()
-    idle = convert(dense, LAYERS, run.keep, selector=run.selector, reselect=reselect)
+    idle = convert(dense, run.layers, run.keep, selector=run.selector, reselect=reselect)
     train = Batches(scenes("train", run.steps * BATCH, 1000 + run.seed), BATCH, training=True, seed=run.seed)
     test = Batches(scenes("test", run.scenes, 0), 256)
-    settings = Settings(
-        epochs=1, lr=3e-4, mixup=0.0, cutmix=0.0, smoothing=0.0, ema=0.0, seed=run.seed, **options
-    )  # fmt: skip
     before = looked_at(idle)
-    history = finetune(dense, idle, train, test, settings)
+    history = finetune(dense, idle, train, test, Settings(seed=run.seed, **TUNING, **options))
     return {
         **asdict(run), "dense": history.dense, "untuned": history.untuned, "tuned": history.tuned,
         "dense_gmacs": history.dense_gmacs, "idle_gmacs": history.idle_gmacs,
@@ -95,10 +106,9 @@ def looked_at(idle: IdleModule) -> dict[int, tuple[float, float]]:
     data = scenes("val", LOOKED_AT, 0)
     images = torch.stack([data[i][0] for i in range(LOOKED_AT)])
     masks = torch.stack([torch.from_numpy(data.mask(i)) for i in range(LOOKED_AT)])
-    step = next(iter(idle.plan))
-    side = round(step.tokens**0.5)
+    side = round(idle.blocks[0].image_tokens ** 0.5)
     on = nn.functional.adaptive_max_pool2d(masks[:, None].float(), side).flatten(1).bool()
-    prefix = len(idle.plan.blocks[step.block].prefix)
+    prefix = len(idle.blocks[0].prefix)
     return {block: _shares(index[:, prefix:] - prefix, on) for block, index in selections(idle, images).items()}
 
 
@@ -113,45 +123,75 @@ def told(values: Iterable[float]) -> str:
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def tables(results: list[dict[str, Any]]) -> str:
-    """Accuracy by keep ratio and by score, and what is looked at, as Markdown."""
-    found = defaultdict(list)
-    for result in results:
-        found[result["keep"], result["method"], result["selector"]].append(result)
-    rows, scores, looks = [], [], []
-    for keep in KEEPS:
-        idle, cut, pruned = (found[keep, method, "auto"] for method in METHODS)
-        if idle and cut and pruned:
-            ratio = idle[0]["dense_gmacs"] / idle[0]["idle_gmacs"]
-            untuned = [told(r["untuned"] for r in each[:1]) for each in (idle, pruned)]
-            tuned = [told(r["tuned"] for r in each) for each in (idle, cut, pruned)]
-            rows.append((keep, f"{ratio:.2f}", *untuned, *tuned))
-    for selector in ("auto", *SELECTORS):
-        if each := found[SELECTORS_AT, "idle", selector]:
-            name = "class attention" if selector == "auto" else selector
-            untuned = told(r["untuned"] for r in (each if selector == "random" else each[:1]))
-            scores.append((name, untuned, told(r["tuned"] for r in each)))
-    for method in METHODS:
-        for result in found[SELECTORS_AT, method, "auto"][:1]:
-            for when in ("before", "after"):
-                shares = [f"{on:.0%} / {off:.0%}" for on, off in result[f"kept_{when}"].values()]
-                looks.append((f"{method}, {when}", *shares[::3]))
-    heads = [
-        "keep",
-        "GMAC ratio",
-        "idle, untuned",
-        "pruned, untuned",
-        "idle, tuned",
-        "with the cut loss",
+Results = list[dict[str, Any]]
+STYLE: dict[str, Any] = {"tablefmt": "github", "disable_numparse": True}
+
+
+def tables(results: Results) -> str:
+    """Accuracy by keep ratio, by score and by weight of the cut loss, and what is looked at, as Markdown."""
+    dense = f"Dense: {results[0]['dense']:.1f} %, {results[0]['dense_gmacs']:.4f} GMACs"
+    if tuned := find(results, PUBLISHED, 1.0, DENSE):
+        dense += f"; after the same fine-tune {told(r['tuned'] for r in tuned)} %"
+    return "\n\n".join([f"{dense}.", ratios(results), scores(results), weights(results), looks(results)]) + "\n"
+
+
+def find(results: Results, layers: tuple[int, ...], keep: float, method: str, selector: str = "auto") -> Results:
+    """The runs that differ in their seed only."""
+    wanted = (layers, keep, method, selector)
+    return [r for r in results if (tuple(r["layers"]), r["keep"], r["method"], r["selector"]) == wanted]
+
+
+def ratios(results: Results) -> str:
+    """Accuracy by stages and keep ratio."""
+    rows = []
+    for layers in (PUBLISHED, EARLY):
+        for keep in KEEPS:
+            found = [find(results, layers, keep, method) for method in METHODS]
+            if all(found):
+                idle, _, pruned = found
+                ratio = idle[0]["dense_gmacs"] / idle[0]["idle_gmacs"]
+                untuned = [f"{each[0]['untuned']:.1f}" for each in (idle, pruned)]
+                tuned = [told(r["tuned"] for r in each) for each in found]
+                rows.append((" ".join(map(str, layers)), keep, f"{ratio:.2f}", *untuned, *tuned))
+    head = [
+        "layers", "keep", "GMAC ratio", "idle, untuned", "pruned, untuned", "idle, tuned", "with the cut loss",
         "pruned, tuned",
-    ]
-    style = {"tablefmt": "github", "disable_numparse": True}
-    dense = f"Dense: {results[0]['dense']:.1f} %, {results[0]['dense_gmacs']:.4f} GMACs."
-    parts = [
-        dense, tabulate(rows, heads, **style), tabulate(scores, ["token score", "untuned", "tuned"], **style),
-        tabulate(looks, ["on the glyph / off it", *(f"block {block}" for block in LAYERS)], **style),
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return tabulate(rows, head, **STYLE)
+
+
+def scores(results: Results) -> str:
+    """Accuracy by token score."""
+    rows = []
+    for selector in ("auto", *SELECTORS):
+        if found := find(results, EARLY, LOW, "idle", selector):
+            name = "class attention" if selector == "auto" else selector
+            rows.append((name, *(told(r[when] for r in found) for when in ("untuned", "tuned"))))
+    return tabulate(rows, ["token score", "untuned", "tuned"], **STYLE)
+
+
+def weights(results: Results) -> str:
+    """Accuracy by the weight of the cut loss."""
+    names = {"idle": "0", "5": "5", "idle, cut loss": "20", "20, rising": "20, rising over the run"}
+    rows = []
+    for method, name in names.items():
+        found = [find(results, *place, method) for place in WEIGHED]
+        if all(found):
+            rows.append((name, *(told(r["tuned"] for r in each) for each in found)))
+    places = [f"layers {' '.join(map(str, layers))}, keep {keep}" for layers, keep in WEIGHED]
+    return tabulate(rows, ["weight of the cut loss", *places], **STYLE)
+
+
+def looks(results: Results) -> str:
+    """How many of the tokens on the glyph and off it work, in the first block of every stage."""
+    rows = []
+    for method in METHODS:
+        if found := find(results, EARLY, LOW, method):
+            for when in ("before", "after"):
+                blocks = [[run[f"kept_{when}"][str(block)] for run in found] for block in EARLY]
+                shares = [[mean(each) for each in zip(*block, strict=True)] for block in blocks]
+                rows.append((f"{method}, {when}", *(f"{on:.0%} / {off:.0%}" for on, off in shares)))
+    return tabulate(rows, ["on the glyph / off it", *(f"block {block}" for block in EARLY)], **STYLE)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -166,7 +206,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for (name, (method, when)), colour in zip(curves.items(), ("C0", "C2", "C1", "C0", "C1"), strict=True):
         points = defaultdict(list)
         for result in results:
-            if (result["method"], result["selector"]) == (method, "auto"):
+            if (tuple(result["layers"]), result["method"], result["selector"]) == (PUBLISHED, method, "auto"):
                 points[result["idle_gmacs"] * 1e3].append(result[when])
         xs = sorted(points)
         spread = [stdev(points[x]) if len(points[x]) > 1 else 0 for x in xs]
@@ -180,30 +220,33 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(partial, dpi=150, format="png")
 
 
+def run_of(result: dict[str, Any]) -> Run:
+    """Whose result it is."""
+    return Run(**{name: result[name] for name in Run.__dataclass_fields__} | {"layers": tuple(result["layers"])})
+
+
 def main() -> None:
     """Carry out what is missing, keep the results, print the tables and draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help=f"of {BATCH} scenes, for every fine-tune")
+    parser.add_argument("--steps", type=int, default=120, help=f"of {BATCH} scenes, for every fine-tune")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
-    parser.add_argument("--scenes", type=int, default=4800, help="held-out ones that measure accuracy")
+    parser.add_argument("--scenes", type=int, default=6000, help="held-out ones that measure accuracy")
     parser.add_argument("--jobs", type=int, default=2, help="fine-tunes at once, of one thread each")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "study.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "study.png")
     args = parser.parse_args()
 
     results = json.loads(args.results.read_text()) if args.results.exists() else []
-    names = list(Run.__dataclass_fields__)
-    done = {Run(*(result[name] for name in names)) for result in results}
-    missing = [run for run in planned(args) if run not in done]
+    missing = [run for run in planned(args) if run not in map(run_of, results)]
     args.results.parent.mkdir(exist_ok=True)
     with ProcessPoolExecutor(args.jobs) as pool, tqdm(total=len(missing), unit="run", smoothing=0) as bar:
         for future in as_completed([pool.submit(carry_out, run) for run in missing]):
-            results.append(future.result())
+            results = json.loads(json.dumps([*results, future.result()]))
             with whole_file(args.results) as partial:
                 partial.write_text(json.dumps(results, indent=1) + "\n")
             bar.update()
     wanted = set(planned(args))
-    results = [result for result in results if Run(*(result[name] for name in names)) in wanted]
+    results = [result for result in results if run_of(result) in wanted]
     print(tables(results))
     draw(results, args.plot)
 

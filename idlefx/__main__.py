@@ -8,12 +8,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import idlefx
 from idlefx import zoo
 from idlefx.bench import bench, call, present
+from idlefx.data import Glyphs
 from idlefx.errors import IdleFxError
 from idlefx.files import whole_file
 from idlefx.inputs import guess_inputs
@@ -21,6 +23,7 @@ from idlefx.models import load_model
 from idlefx.module import IdleModule
 
 DTYPES = ("float32", "bfloat16", "float16")
+SCENES = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +70,15 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _draw(options: argparse.Namespace) -> None:
     model = _model(options)
-    print(idlefx.draw(_idle(options, model, _example(options, model)), options.images, options.out))
+    idle = _idle(options, model, _example(options, model))
+    print(idlefx.draw(idle, options.images or _scenes(idle), options.out))
+
+
+def _scenes(idle: IdleModule) -> list[Image.Image]:
+    """What to draw where no photographs are named."""
+    side = idle.meta["idlefx"]["image_size"][-1]
+    scenes = Glyphs("test", size=SCENES, image_size=side)
+    return [scenes.scene(number).image for number in range(SCENES)]
 
 
 def _zoo(options: argparse.Namespace) -> int:
@@ -152,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     timing.set_defaults(command=_bench)
 
     draw = commands.add_parser("draw", parents=[source, plan], help="picture of working and idle patches")
-    draw.add_argument("images", nargs="+", metavar="IMAGE", help="photographs; name them before the options")
+    draw.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="photographs, named before the options; drawn scenes if none"
+    )
     draw.add_argument("--out", required=True, metavar="FILE", help="a png, pdf or svg")
     draw.set_defaults(command=_draw)
 

@@ -7,6 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from idlefx.module import IdleModule
+from idlefx.records import written
 from idlefx.report import report
 
 _SAVED = ("dense", "untuned", "tuned", "best", "best_step")
@@ -63,9 +64,9 @@ class History:
 
     def __str__(self) -> str:
         rows = [
-            ("dense", f"{self.dense:.2f} %", f"{self.dense_gmacs:.3g}"),
-            ("idle, untuned", f"{self.untuned:.2f} %", f"{self.idle_gmacs:.3g}"),
-            ("idle, tuned", f"{self.tuned:.2f} %", f"{self.idle_gmacs:.3g}"),
+            ("dense", f"{self.dense:.2f} %", written(self.dense_gmacs)),
+            ("idle, untuned", f"{self.untuned:.2f} %", written(self.idle_gmacs)),
+            ("idle, tuned", f"{self.tuned:.2f} %", written(self.idle_gmacs)),
         ]
         text = tabulate(rows, headers=["", "top-1", "GMACs"], disable_numparse=True, stralign="right")
         better = self.best > self.tuned

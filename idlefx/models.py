@@ -86,7 +86,8 @@ def _from_timm(name: str, pretrained: bool, img_size: int | None) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except (OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"model: timm cannot make {name}: {error}") from error
+        hint = "; idlefx.models:glyph_vit is a small model that comes with its weights" if pretrained else ""
+        raise InputError(f"model: timm cannot make {name}: {error}{hint}") from error
     return model
 
 

@@ -7,6 +7,11 @@ from typing import overload
 from tabulate import tabulate
 
 
+def written(gmacs: float) -> str:
+    """Three digits that count, whatever the size of the model."""
+    return f"{gmacs:#.3g}".removesuffix(".")
+
+
 @dataclass(frozen=True)
 class Block:
     """A transformer block, as found in the graph; nodes are given by name.
@@ -103,7 +108,7 @@ class BlockTable(Sequence[Block]):
                 b.width,
                 b.heads,
                 b.attention,
-                f"{b.macs / 1e9:.3f}",
+                written(b.macs / 1e9),
                 "yes" if b.can_idle else f"no: {b.refusal}",
             )
             for b in self.blocks

@@ -7,6 +7,7 @@ from torch import fx
 
 from idlefx.macs import count_macs
 from idlefx.module import IdleModule
+from idlefx.records import written
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,20 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            (str(b.block), b.path or "-", f"{b.kept} of {b.tokens}" if b.tokens else "-", f"{b.dense_gmacs:.3f}",
-             f"{b.idle_gmacs:.3f}", f"{b.choosing_gmacs:.4f}", _millions(b.parameters))
+            (str(b.block), b.path or "-", f"{b.kept} of {b.tokens}" if b.tokens else "-", written(b.dense_gmacs),
+             written(b.idle_gmacs), written(b.choosing_gmacs) if b.choosing_gmacs else "", _millions(b.parameters))
             for b in self.blocks
         ]  # fmt: skip
         rest = self.dense_gmacs - sum(b.dense_gmacs for b in self.blocks)
-        rows.append(("rest", "", "", f"{rest:.3f}", f"{rest:.3f}", "", ""))
+        rows.append(("rest", "", "", written(rest), written(rest), "", ""))
         rows.append(
-            ("all", "", "", f"{self.dense_gmacs:.3f}", f"{self.idle_gmacs:.3f}", "", _millions(self.parameters))
+            ("all", "", "", written(self.dense_gmacs), written(self.idle_gmacs), "", _millions(self.parameters))
         )
         head = ["block", "path", "kept", "dense GMACs", "idle GMACs", "of these choosing", "parameters"]
         saved = 100 * (1 - self.idle_gmacs / self.dense_gmacs)
         text = tabulate(rows, headers=head, disable_numparse=True, stralign="right")
         text += (
-            f"\n{self.dense_gmacs:.2f} GMACs → {self.idle_gmacs:.2f} GMACs (−{saved:.0f} %), "
+            f"\n{written(self.dense_gmacs)} GMACs → {written(self.idle_gmacs)} GMACs (−{saved:.0f} %), "
             f"a speed-up of {self.ratio:.2f} at most; a multiply-add counts as one"
         )
         return text if self.batch_free else text + "\nthe batch size is fixed to the example's by the model's own code"
