@@ -16,8 +16,9 @@ from idlefx.pipeline import convert, inspect, with_cut_loss
 from idlefx.records import Block, BlockTable, Plan, Step
 from idlefx.report import Report, report
 from idlefx.selectors import selector
+from idlefx.versions import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Block", "BlockError", "BlockTable", "CaptureError", "IdleFxError", "IdleModule", "InputError", "PassError",
     "Plan", "PlanError", "Report", "Step", "UnknownOperation", "compile", "convert", "draw", "inspect", "report",

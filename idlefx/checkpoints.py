@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from idlefx.errors import InputError
 from idlefx.files import whole_file
 from idlefx.module import IdleModule
 from idlefx.settings import Settings
+from idlefx.versions import versions
 
 PLAN, STATE, BEST, LAST = "plan.json", "training.pt", "best.safetensors", "last.safetensors"
 
@@ -57,7 +57,7 @@ def describe(
             **asdict(settings),
         },
         "options": dict(options),
-        "versions": {name: version(name) for name in ("idlefx", "torch", "timm")},
+        "versions": versions("timm"),
     }
 
 
