@@ -72,7 +72,7 @@ def planned(args: argparse.Namespace) -> list[Run]:
     what += [(PUBLISHED, 1.0, DENSE, "auto"), *((*place, weight, "auto") for place in WEIGHED for weight in WEIGHTS)]
     what += [(EARLY, LOW, "idle", selector) for selector in SELECTORS]
     what += [(PUBLISHED, keep, method, "auto") for keep in (0.9, 0.8, 0.6) for method in METHODS]
-    return [Run(*each, seed, args.steps, args.scenes) for seed in SEEDS[: args.seeds] for each in what]
+    return [Run(*each, seed, args.steps, args.scenes) for each in what for seed in SEEDS[: args.seeds]]
 
 
 @cache
