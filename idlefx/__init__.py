@@ -1,7 +1,9 @@
 """idlefx: make any trained Vision Transformer cheaper without dropping a token."""
 
+from idlefx.artifacts import Artifact, load, package
 from idlefx.backend import compile
 from idlefx.errors import (
+    ArtifactError,
     BlockError,
     CaptureError,
     IdleFxError,
@@ -20,7 +22,7 @@ from idlefx.versions import VERSION
 
 __version__ = VERSION
 __all__ = [
-    "Block", "BlockError", "BlockTable", "CaptureError", "IdleFxError", "IdleModule", "InputError", "PassError",
-    "Plan", "PlanError", "Report", "Step", "UnknownOperation", "compile", "convert", "draw", "inspect", "report",
-    "selector", "with_cut_loss",
+    "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "IdleFxError", "IdleModule",
+    "InputError", "PassError", "Plan", "PlanError", "Report", "Step", "UnknownOperation", "compile", "convert", "draw",
+    "inspect", "load", "package", "report", "selector", "with_cut_loss",
 ]  # fmt: skip

@@ -1,9 +1,13 @@
-"""Inductor: compiled forms of a converted model."""
+"""Inductor: compiled forms of a converted model, in this process or in a file."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor
 
+from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.module import IdleModule
 from idlefx.parity import check_parity
 
@@ -29,3 +33,32 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
     if verify and not idle.training:
         check_parity(idle, compiled, "compiled")
     return compiled
+
+
+def build_artifact(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    """Compile a program and write it, weights inside, with metadata that libtorch and `zipfile` can read.
+
+    Raises:
+        InputError: The disk is full.
+        ArtifactError: It cannot be compiled.
+    """
+    options = {"aot_inductor.metadata": metadata}
+    try:
+        with path.open("w+b") as file:
+            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
+    except OSError as error:
+        raise InputError(f"package: cannot write into {path.parent}: {error.strerror}; make room there") from error
+    except Exception as error:  # Inductor, the C++ compiler and the archive raise many kinds
+        raise ArtifactError(f"package: {type(error).__name__}: {first_line(error)}") from error
+
+
+def open_artifact(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Load the compiled code of an artifact, whose file was checked.
+
+    Returns:
+        A function of the input tensors, contiguous and in order, that returns the output tensors.
+    """
+    try:
+        return torch._inductor.aoti_load_package(str(path)).loader.run
+    except Exception as error:
+        raise ArtifactError(f"load: cannot load {path}: {first_line(error)}") from error

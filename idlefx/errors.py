@@ -27,3 +27,12 @@ class UnknownOperation(IdleFxError):
 
 class PassError(IdleFxError):
     """A pass left the graph in a state that breaks a promise; names the pass."""
+
+
+class ArtifactError(IdleFxError):
+    """An artifact that cannot be made of this model, or cannot be used here."""
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says in its first line, or its kind if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

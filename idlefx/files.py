@@ -18,7 +18,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         InputError: The path cannot be written.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
     try:
         if target.is_dir():
             raise IsADirectoryError(0, "it is a directory")

@@ -17,8 +17,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from idlefx.errors import CaptureError, IdleFxError, InputError
-from idlefx.inputs import guess_inputs
+from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
+from idlefx.inputs import guess_inputs, known_facts
 from idlefx.tidy import tidy
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,7 +32,7 @@ class Captured:
         eval_graph: What the model does in eval mode.
         train_graph: What it does in train mode; the same object where the mode makes no difference.
         training: The mode the model was in.
-        facts: `image_size` of the example; `data`, timm's data configuration where known; `batch_free`.
+        facts: `image_size` of the example; `data` and `classes` where known (`inputs.known_facts`); `batch_free`.
     """
 
     eval_graph: fx.GraphModule
@@ -82,9 +82,8 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, dict[str, Any]]:
-    facts: dict[str, Any] = {}
     if example is None:
-        example, facts = guess_inputs(model)
+        example = guess_inputs(model)[0]
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(example, torch.Tensor):
@@ -109,7 +108,8 @@ def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, dict[str, Any]
     if image.shape[0] == 1:  # torch.export treats a size of one as a constant
         doubled = lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t  # noqa: E731
         args, kwargs = tree_map_only(torch.Tensor, doubled, (args, kwargs))
-    return (args, kwargs), {"image_size": tuple(image.shape[1:]), **facts}
+    size = tuple(image.shape[1:])
+    return (args, kwargs), {"image_size": size, **known_facts(model, size)}
 
 
 def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
@@ -120,7 +120,7 @@ def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
         shapes = _free_batch(model, inputs) if batch_free else None
         try:
-            with _quiet():
+            with quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
                 return tidy(program.module(check_guards=False), model), batch_free
         except Exception as error:  # torch.export raises many kinds; the first is the one to report
@@ -142,7 +142,7 @@ def _free_batch(model: nn.Module, inputs: Args) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence torch's own logs: what went wrong is said once, in our words."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -163,21 +163,17 @@ def _explain(model: nn.Module, inputs: Args, error: Exception) -> IdleFxError:
             model(*args, **kwargs)
     except Exception as eager:
         refusal: IdleFxError = InputError(
-            f"capture: the model itself fails on example inputs of shape {shapes}: {_first_line(eager)} "
+            f"capture: the model itself fails on example inputs of shape {shapes}: {first_line(eager)} "
             f"(at {_own_line(eager)}); pass example_inputs that it accepts"
         )
         refusal.__cause__ = eager
         return refusal
     refusal = CaptureError(
-        f"capture: torch.export cannot trace the model: {_first_line(error)} (at {_own_line(error)}); "
+        f"capture: torch.export cannot trace the model: {first_line(error)} (at {_own_line(error)}); "
         "a forward without control flow on tensor values (use torch.where), `.item()` and side effects usually helps"
     )
     refusal.__cause__ = error
     return refusal
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _own_line(error: Exception) -> str:

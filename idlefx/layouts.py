@@ -41,6 +41,15 @@ def number(size: Any, batch: int = BATCH) -> int:
     return int(size)
 
 
+def formula(size: Any, batch: int | str) -> int | str:
+    """A size as a number, or as a formula of the free batch where that is given a name, such as "4*batch"."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = sympy.sympify(size.node.expr)
+    found = expression.subs(dict.fromkeys(expression.free_symbols, batch))
+    return int(found) if found.is_Integer else str(found)
+
+
 def sizes(tensor: torch.Tensor) -> list[int]:
     """The shape of a traced tensor as plain numbers."""
     return [number(s) for s in tensor.shape]

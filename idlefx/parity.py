@@ -4,22 +4,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from idlefx import layouts as lay
 from idlefx.errors import InputError, PassError
 from idlefx.graph import placeholders
-from idlefx.module import IdleModule
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def example_of(idle: IdleModule) -> Inputs:
+def example_of(idle: fx.GraphModule, batch: int | None = None) -> Inputs:
     """Positional and keyword inputs such as the model was traced with: noise for images, ones for anything else.
 
-    The batch is the smallest that is no other size of an input too, as the compiler takes equal sizes for the same.
+    Args:
+        idle: A converted model.
+        batch: How many images; by default the fewest that are no other size of an input too, as the compiler takes
+            equal sizes for the same.
 
     Raises:
         InputError: The module was pickled, which loses the shapes of its inputs.
@@ -30,7 +33,7 @@ def example_of(idle: IdleModule) -> Inputs:
     if any(value is None for value in values):
         raise InputError("parity: this module no longer knows the shapes of its inputs; convert the model anew")
     others = {lay.number(s, 0) for v in values if isinstance(v, torch.Tensor) for s in v.shape}
-    batch = next(size for size in range(2, len(others) + 3) if size not in others)
+    batch = batch or next(size for size in range(2, len(others) + 3) if size not in others)
     made = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -44,14 +47,14 @@ def example_of(idle: IdleModule) -> Inputs:
     return tuple(args), dict(kwargs)
 
 
-def check_parity(idle: IdleModule, other: Callable[..., Any], what: str, inputs: Inputs | None = None) -> float:
+def check_parity(idle: fx.GraphModule, other: Callable[..., Any], what: str, inputs: Inputs | None = None) -> float:
     """Hold another form of a model against it, on one batch.
 
     Where rounding swaps two tokens that score alike, one image differs by more than rounding does; so it is the
     median image that counts.
 
     Args:
-        idle: The converted model, in eval mode.
+        idle: The converted model, in eval mode, or a graph made of it.
         other: The form of it that is to be checked.
         what: What that form is called in the error.
         inputs: Positional and keyword inputs, batch first; noise by default.
