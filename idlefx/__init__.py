@@ -2,6 +2,7 @@
 
 from idlefx.artifacts import Artifact, load, package
 from idlefx.backend import compile
+from idlefx.dynamo import register as _register_backend
 from idlefx.errors import (
     ArtifactError,
     BlockError,
@@ -26,3 +27,5 @@ __all__ = [
     "InputError", "PassError", "Plan", "PlanError", "Report", "Step", "UnknownOperation", "compile", "convert", "draw",
     "inspect", "load", "package", "report", "selector", "with_cut_loss",
 ]  # fmt: skip
+
+_register_backend()

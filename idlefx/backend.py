@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch._inductor
+from torch import fx
 
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.module import IdleModule
@@ -32,6 +33,19 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
     compiled = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
     if verify and not idle.training:
         check_parity(idle, compiled, "compiled")
+    return compiled
+
+
+def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Compile a graph with Inductor, for inference or training, whatever its inputs ask for.
+
+    Args:
+        module: A graph that Dynamo found, or one that takes the same inputs.
+        inputs: What it is called with.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Callable[..., Any] = compile_fx(module, inputs)
     return compiled
 
 

@@ -1,0 +1,130 @@
+"""The backend `idlefx` of `torch.compile`: the passes of `convert` on the graphs that Dynamo finds.
+
+The user's module stays the user's: nothing of it is copied or changed, and what it does outside its graph it still
+does. Torch finds the backend through its entry point; `register` is for checkouts that were not installed.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from idlefx.anchors import find_cores
+from idlefx.backend import compile_graph
+from idlefx.blocks import find_blocks
+from idlefx.breaks import Part, forget, part_of
+from idlefx.errors import IdleFxError, InputError, PlanError
+from idlefx.lifted import free_sizes, lift, lower
+from idlefx.pipeline import rewrite, spell
+from idlefx.planning import make_plan
+from idlefx.records import BlockTable, Plan
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `options` may hold, as `convert` takes it."""
+
+    layers: Sequence[int]
+    keep: float | Sequence[float]
+    schedule: str = "stages"
+    selector: str = "auto"
+    reselect: bool = True
+    prefix: int | Sequence[int] | None = None
+
+
+def compile_idle(
+    given: fx.GraphModule,
+    inputs: list[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **others: Any,
+) -> Callable[..., Any]:
+    """Compile a graph of a model whose tokens are to idle; a graph without attention is compiled as it is.
+
+    Args:
+        given: The graph that Dynamo found.
+        inputs: What it is called with.
+        options: `layers`, `keep`, `schedule`, `selector`, `reselect` and `prefix`, as `convert` takes them.
+        mode: Inductor's; not taken beside options.
+        **others: What else torch.compile was given for a backend; nothing of it is known here.
+
+    Raises:
+        IdleFxError: Any refusal; torch wraps it in a `BackendCompilerFailed` of the same words.
+    """
+    try:
+        if mode is not None:
+            raise InputError(f"backend: mode={mode!r} is of backend='inductor'; give options, and no mode")
+        return compile_graph(_with_idling(given, inputs, _read(options)), inputs)
+    except IdleFxError as refusal:
+        if not torch._dynamo.config.suppress_errors:
+            raise
+        # Suppressed, it would let the model, or half of it, run dense: not what was asked for.
+        return partial(_refuse, refusal)
+
+
+compile_idle.reset = forget  # type: ignore[attr-defined]
+
+
+def register() -> None:
+    """Make the backend known to torch where no installed package does."""
+    if "idlefx" not in entry_points(group="torch_dynamo_backends").names:
+        import torch._dynamo
+
+        torch._dynamo.register_backend(compile_idle, name="idlefx")
+
+
+def _refuse(refusal: IdleFxError, *_: Any) -> NoReturn:
+    raise type(refusal)(*refusal.args)
+
+
+def _read(options: Mapping[str, Any] | None) -> Options:
+    known = [each.name for each in fields(Options)]
+    example = 'options={"layers": [3, 6, 9], "keep": 0.7}'
+    if not isinstance(options, Mapping):
+        raise InputError(f"backend: torch.compile(model, backend='idlefx') needs {example}; got {options!r}")
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"backend: unknown options {unknown}; known are {', '.join(known)}")
+    missing = [name for name in ("layers", "keep") if name not in options]
+    if missing:
+        raise InputError(f"backend: options lack {' and '.join(missing)}; give for example {example}")
+    return Options(**options)
+
+
+def _with_idling(given: fx.GraphModule, inputs: list[Any], options: Options) -> fx.GraphModule:
+    part = part_of(given, inputs)
+    original = lower(given)
+    spelled = spell(original)
+    if not find_cores(spelled.graph):
+        return given
+    if sizes := free_sizes(given):
+        for size in sizes:
+            int(size)  # One size of the image for each compilation, as tokens are counted.
+        original = lower(given)
+        spelled = spell(original)
+    blocks = find_blocks(spelled, options.prefix)
+    plan = _plan(blocks, options) if part is None else _plan_for(part, blocks, options)
+    rewritten = rewrite(spelled, plan, original)
+    return given if rewritten is original else lift(rewritten, given)
+
+
+def _plan(blocks: BlockTable, options: Options) -> Plan:
+    o = options
+    return make_plan(blocks, o.layers, o.keep, o.schedule, o.selector, o.reselect)
+
+
+def _plan_for(part: Part, blocks: BlockTable, options: Options) -> Plan:
+    named = [block.path for block in blocks if block.path]
+    part.claim(f"{len(blocks)} blocks" + (f" ({named[0]} to {named[-1]})" if named else ""))
+    try:
+        plan = _plan(blocks, options)
+    except PlanError as refusal:
+        raise PlanError(f"{refusal}\n{part.excuse()}") from refusal
+    warnings.warn(part.excuse(), stacklevel=2)
+    return plan
