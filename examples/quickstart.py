@@ -14,6 +14,7 @@ import idlefx
 from idlefx.bench import bench
 from idlefx.data import Glyphs
 from idlefx.models import glyph_vit
+from idlefx.scoreboard import render
 
 PICTURE = "quickstart.png"
 
@@ -69,7 +70,7 @@ def main() -> None:
         print(f"the {name} model sees:", ", ".join(classes[best] for best in logits.argmax(1)))
 
     title("What it takes")
-    print(bench(dense, idle, x, batches=[1, 8], compiled=False))
+    print(render(bench(dense, idle, x, batches=[1, 8], modes=["eager"])))
 
     title("What it looks at")
     print(idlefx.draw(idle, images, PICTURE))

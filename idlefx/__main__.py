@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import idlefx
-from idlefx import zoo
-from idlefx.bench import bench, call, present
+from idlefx import campaign, zoo
 from idlefx.data import Glyphs
 from idlefx.errors import IdleFxError
 from idlefx.files import whole_file
-from idlefx.inputs import guess_inputs
+from idlefx.inputs import call, guess_inputs
 from idlefx.models import load_model
 from idlefx.module import IdleModule
 
-DTYPES = ("float32", "bfloat16", "float16")
 SCENES = 5
 
 
@@ -57,15 +55,8 @@ def _convert(options: argparse.Namespace) -> None:
             safetensors.torch.save_model(idle, str(partial))
 
 
-def _bench(options: argparse.Namespace) -> None:
-    with whole_file(options.json) if options.json else nullcontext() as partial:
-        model = _model(options).to(present(options.device), getattr(torch, options.dtype))
-        example = _example(options, model)
-        idle = _idle(options, model, example)
-        result = bench(model, idle, example, batches=options.batch, compiled=not options.eager, seconds=options.seconds)
-        print(result)
-        if partial:
-            partial.write_text(result.to_json())
+def _bench(options: argparse.Namespace) -> int:
+    return campaign.run(options, _model, _example)
 
 
 def _draw(options: argparse.Namespace) -> None:
@@ -90,9 +81,9 @@ def _zoo(options: argparse.Namespace) -> int:
     return int(any(row.failure for row in rows))
 
 
-def _model(options: argparse.Namespace) -> nn.Module:
+def _model(options: argparse.Namespace, name: str | None = None) -> nn.Module:
     return load_model(
-        options.model, pretrained=options.pretrained, checkpoint=options.checkpoint, img_size=options.img_size
+        name or options.model, pretrained=options.pretrained, checkpoint=options.checkpoint, img_size=options.img_size
     )
 
 
@@ -126,14 +117,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m idlefx", description="Vision Transformers whose tokens may idle.")
     commands = parser.add_subparsers(required=True, metavar="inspect | convert | bench | draw | zoo")
 
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("--model", required=True, help="a timm name, or package.module:callable")
-    source.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
-    source.add_argument("--checkpoint", metavar="FILE", help="weights to load, safetensors")
-    source.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images, if not the model's own")
-    source.add_argument("--example-shape", type=_shape, metavar="2,3,224,224", help="shape of an input, if not known")
+    weights = argparse.ArgumentParser(add_help=False)
+    weights.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
+    weights.add_argument("--checkpoint", metavar="FILE", help="weights to load, safetensors")
+    weights.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images, if not the model's own")
+    weights.add_argument("--example-shape", type=_shape, metavar="2,3,224,224", help="shape of an input, if not known")
 
-    plan = argparse.ArgumentParser(add_help=False)
+    source = argparse.ArgumentParser(add_help=False, parents=[weights])
+    source.add_argument("--model", required=True, help="a timm name, or package.module:callable")
+
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle")
+    choice.add_argument("--selector", default="auto", help="the token score")
+    choice.add_argument("--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found")
+
+    plan = argparse.ArgumentParser(add_help=False, parents=[choice])
     plan.add_argument("--layers", type=int, nargs="+", required=True, help="blocks that open a stage, from 0")
     plan.add_argument(
         "--keep",
@@ -142,9 +140,6 @@ def _parser() -> argparse.ArgumentParser:
         default=[0.7],
         help="share of tokens that work: one, or one per layer",
     )
-    plan.add_argument("--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle")
-    plan.add_argument("--selector", default="auto", help="the token score")
-    plan.add_argument("--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found")
 
     inspect = commands.add_parser("inspect", parents=[source], help="which blocks there are and which can idle")
     inspect.set_defaults(command=_inspect)
@@ -153,13 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--save", metavar="FILE", help="write the weights, safetensors")
     convert.set_defaults(command=_convert)
 
-    timing = commands.add_parser("bench", parents=[source, plan], help="time dense against idling")
-    timing.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16], help="images per call")
-    timing.add_argument("--device", default="cpu")
-    timing.add_argument("--dtype", choices=DTYPES, default="float32")
-    timing.add_argument("--eager", action="store_true", help="do not time compiled models")
-    timing.add_argument("--seconds", type=float, default=4.0, help="about how long to measure one pair")
-    timing.add_argument("--json", metavar="FILE", help="write every sample")
+    timing = commands.add_parser("bench", parents=[weights, choice], help="time dense against idling")
+    campaign.add_options(timing)
     timing.set_defaults(command=_bench)
 
     draw = commands.add_parser("draw", parents=[source, plan], help="picture of working and idle patches")

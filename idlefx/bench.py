@@ -1,25 +1,38 @@
-"""Time a dense model and its idling twin side by side."""
+"""Time a dense model, its idling twin and peers side by side: calls, or training steps."""
 
-import gc
-import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
+from idlefx.contest import Contest, Prepare
+from idlefx.devices import check_dtype, describe, present
 from idlefx.errors import InputError
+from idlefx.inputs import call
 from idlefx.module import IdleModule
+from idlefx.pipeline import with_cut_loss
 from idlefx.report import report
-from idlefx.timings import Bench, Timing
+from idlefx.steps import training_step
+from idlefx.stopwatch import Run
+from idlefx.timings import DENSE, EAGER, IDLE, Bench
 
-WARM_UP = 3  # calls of each model that are not counted
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 500
+MODES = (EAGER, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another model to be timed in the same run: its name, itself, and its GMACs for one image."""
+
+    name: str
+    model: nn.Module
+    gmacs: float
 
 
 def bench(
@@ -30,12 +43,19 @@ def bench(
     batches: Sequence[int] = (1, 8, 16),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    compiled: bool = True,
+    modes: Sequence[str] = (EAGER, "default"),
+    peers: Sequence[Peer] = (),
+    training: bool = False,
+    title: str = "",
     seconds: float = 4.0,
     rounds: int | None = None,
     progress: bool = True,
+    each: Callable[[Bench], None] | None = None,
 ) -> Bench:
-    """Time the dense and the idling model, call by call in turn, in one warm process, in evaluation mode.
+    """Time the dense and the idling model, call by call in turn, in one warm process.
+
+    Inference runs in evaluation mode. A training step is made in train mode, on copies: forward, cross-entropy,
+    backward and AdamW, the idling model with its token cut loss; another `dtype` than float32 means autocast then.
 
     Args:
         dense: The original model.
@@ -44,141 +64,93 @@ def bench(
         batches: Batch sizes.
         device: Where to; copies of the models are moved. By default they stay where they are.
         dtype: Number type of the copies and of the input; by default the models' own.
-        compiled: Whether to time `torch.compile(dynamic=False)` too; every batch size is compiled anew.
-        seconds: About how long to measure one pair.
+        modes: "eager", and modes of `torch.compile(dynamic=False)`; every batch size is compiled anew.
+        peers: Other models for the same inputs; not for training.
+        training: Whether to time training steps.
+        title: Heading of the table.
+        seconds: About how long to measure one pair in one mode.
         rounds: How many rounds to measure instead.
         progress: Whether to show a progress bar.
+        each: Called with what was found so far after every batch size.
 
     Raises:
-        InputError: A batch size is not positive, there is none, or the device is missing.
+        InputError: A batch size is not positive, there is none, a mode is unknown, the device or the number type
+            is missing.
     """
     if not batches or min(batches) < 1:
         raise InputError(f"bench: batch sizes must be positive, got {list(batches)}")
-    if device is not None:
-        device = present(device)
-    totals = report(idle)
-    timings: list[Timing] = []
-    skipped: list[str] = []
-    interrupted = False
-    cases = [(batch, mode) for batch in batches for mode in ("eager", "compiled")[: 1 + compiled]]
-    with _ready(dense, device, dtype) as first, _ready(idle, device, dtype) as second, torch.inference_mode():
-        weight = next(first.parameters())
-        bar = tqdm(cases, desc="bench", unit="case", leave=False, disable=not progress)
-        try:
-            for batch, mode in bar:
-                bar.set_postfix_str(f"{mode}, batch {batch}")
-                try:
-                    timings.append(_measure((first, second), example, batch, weight, mode, seconds, rounds))
-                except RuntimeError as error:
-                    skipped.append(f"{mode}, batch {batch}: {_reason(error, mode)}")
-                _release(weight.device)
-        except KeyboardInterrupt:
-            interrupted = True
-        machine = _machine(weight)
-    return Bench(machine, totals.dense_gmacs, totals.idle_gmacs, tuple(timings), tuple(skipped), interrupted)
-
-
-def call(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model with a tensor, a tuple of positional or a dict of keyword inputs."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-def present(device: str | torch.device) -> torch.device:
-    """The device, if this machine has it.
-
-    Raises:
-        InputError: There is no such device.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise InputError(f"device: cannot use {device}: {str(error).partition(chr(10))[0]}") from error
-    return torch.device(device)
+    if not modes or not set(modes) <= set(MODES):
+        raise InputError(f"bench: modes are {', '.join(MODES)}; got {', '.join(modes) or 'none'}")
+    if training and peers:
+        raise InputError("bench: peers are for inference; leave them out or do not time training")
+    found = Bench(title or type(dense).__name__, "", _gmacs(idle, peers), training=training)
+    with _ready(dense, idle, peers, device, dtype, training) as models, torch.inference_mode(not training):
+        weight = next(models[DENSE].parameters())
+        amp = dtype if training and dtype != torch.float32 else None
+        prepare = _steps(amp) if training else dict.fromkeys(models, _call)
+        found = replace(found, machine=describe(weight) + (f", autocast to {amp}" if amp else ""))
+        for batch in tqdm(batches, desc="bench", unit="batch", leave=False, disable=not progress):
+            inputs = _resized(example, batch, weight)
+            case = Contest(models, prepare, inputs, batch, weight.device)
+            case.run(modes, seconds, rounds)
+            found = replace(
+                found,
+                timings=(*found.timings, *case.timings()),
+                skipped=(*found.skipped, *case.skipped),
+                interrupted=case.interrupted,
+            )
+            if each is not None:
+                each(found)
+            if case.interrupted:
+                break
+    return found
 
 
 @contextmanager
-def _ready(model: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None) -> Iterator[nn.Module]:
-    """The model in evaluation mode, or a moved copy of it; its own modes come back."""
-    if device is not None or dtype is not None:
-        model = deepcopy(model).to(device=device, dtype=dtype)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def _ready(
+    dense: nn.Module,
+    idle: IdleModule,
+    peers: Sequence[Peer],
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    training: bool,
+) -> Iterator[dict[str, nn.Module]]:
+    """The models where and as they are timed, copies if need be; the modes of the user's own come back."""
+    target = next(dense.parameters()).device if device is None else present(device)
+    if dtype is not None:
+        check_dtype(target, dtype)
+    models = {DENSE: dense, IDLE: idle, **{peer.name: peer.model for peer in peers}}
+    if training or device is not None or dtype is not None:
+        models = {n: deepcopy(m).to(target, None if training else dtype) for n, m in models.items()}
+    if training:
+        models[IDLE] = with_cut_loss(models[IDLE])  # type: ignore[arg-type]
+    modes = {module: module.training for model in models.values() for module in model.modules()}
+    for model in models.values():
+        model.train(training)
     try:
-        yield model
+        yield models
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            module.training = mode
 
 
-def _measure(
-    models: tuple[nn.Module, nn.Module],
-    example: Any,
-    batch: int,
-    weight: Tensor,
-    mode: str,
-    seconds: float,
-    rounds: int | None,
-) -> Timing:
-    runs = [_prepared(model, example, batch, weight, mode) for model in models]
-    for run in runs * WARM_UP:
-        _time_ms(run, weight.device)
-    samples: list[list[float]] = []
-    start = time.perf_counter()
-    while len(samples) < (rounds or FEWEST_ROUNDS) or (
-        rounds is None and len(samples) < MOST_ROUNDS and time.perf_counter() - start < seconds
-    ):
-        samples.append([_time_ms(run, weight.device) for run in runs])
-    dense_ms, idle_ms = zip(*samples, strict=True)
-    return Timing(mode, batch, dense_ms, idle_ms)
+def _gmacs(idle: IdleModule, peers: Sequence[Peer]) -> dict[str, float]:
+    totals = report(idle)
+    return {DENSE: totals.dense_gmacs, IDLE: totals.idle_gmacs, **{peer.name: peer.gmacs for peer in peers}}
 
 
-def _prepared(model: nn.Module, example: Any, batch: int, weight: Tensor, mode: str) -> Callable[[], Any]:
+def _resized(example: Any, batch: int, weight: Tensor) -> Any:
     def resize(value: Tensor) -> Tensor:
         whole = value[:1].expand(batch, *value.shape[1:]).contiguous().to(weight.device)
         return whole.to(weight.dtype) if whole.is_floating_point() else whole
 
-    inputs = tree_map_only(Tensor, resize, example)
-    run = torch.compile(model, dynamic=False) if mode == "compiled" else model
-    return lambda: call(run, inputs)
+    return tree_map_only(Tensor, resize, example)
 
 
-def _time_ms(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
+def _call(model: nn.Module, run: Callable[..., Any], inputs: Any) -> tuple[Run, Sequence[Tensor]]:
+    resident = [*model.parameters(), *model.buffers(), *tree_leaves(inputs)]
+    return lambda: call(run, inputs), [t for t in resident if isinstance(t, Tensor)]
 
 
-def _release(device: torch.device) -> None:
-    """Forget compiled code: past eight versions of a model the compiler silently gives up on it."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _reason(error: RuntimeError, mode: str) -> str:
-    """Why a case is skipped; an eager model that fails for anything but memory is a fault to be seen."""
-    words = str(error)
-    if any(hint in words for hint in ("out of memory", "allocate memory", "not enough memory")):
-        return "it does not fit in memory"
-    if mode == "eager":
-        raise error
-    return f"it does not compile, {type(error).__name__}: {words.strip().partition(chr(10))[0]}"
-
-
-def _machine(weight: Tensor) -> str:
-    if weight.device.type == "cuda":
-        name = torch.cuda.get_device_name(weight.device)
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
-    return f"{name}, {str(weight.dtype).removeprefix('torch.')}, torch {torch.__version__}, {platform.system()}"
+def _steps(amp: torch.dtype | None) -> dict[str, Prepare]:
+    return {name: partial(training_step, amp=amp, cut=name == IDLE) for name in (DENSE, IDLE)}

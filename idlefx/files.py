@@ -18,6 +18,24 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         InputError: The path cannot be written.
     """
     target = Path(path)
+    partial = _partial(target)
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse at once a path to which `whole_file` will write more than once, later.
+
+    Raises:
+        InputError: The path cannot be written.
+    """
+    _partial(Path(path)).unlink()
+
+
+def _partial(target: Path) -> Path:
     partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
     try:
         if target.is_dir():
@@ -25,8 +43,4 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.touch()
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}; name a file in a directory that exists") from error
-    try:
-        yield partial
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    return partial

@@ -1,5 +1,6 @@
 """Guess example inputs for models whose library says what they eat."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,6 +65,13 @@ def known_facts(model: nn.Module, image_size: tuple[int, ...]) -> dict[str, Any]
 def _is_timm(model: nn.Module) -> bool:
     config = getattr(model, "pretrained_cfg", None)
     return isinstance(config, dict) or hasattr(config, "input_size")
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple of positional or a dict of keyword inputs."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from idlefx.bench import present
+from idlefx.devices import present
 from idlefx.errors import InputError
 
 

@@ -1,132 +1,116 @@
-"""Measured times of a dense model and its idling twin, frozen, and the table they print."""
+"""Measured times of a dense model and those that compete with it, frozen, and what follows from them."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from statistics import median, quantiles
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import comb
+from statistics import median
+from typing import Any
 
-from tabulate import tabulate
+DENSE, IDLE, EAGER = "dense", "idle", "eager"
+CHANCE = 0.05  # how likely as many won rounds would be among equals, at most, for a difference to count as one
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Both models at one batch size; entry i of the two tuples comes from round i, dense first, idle next.
+    """All models at one batch size in one mode.
 
     Attributes:
-        mode: `eager` or `compiled`.
+        mode: `eager`, or the mode of `torch.compile`.
         batch: Images per call.
-        dense_ms: Milliseconds of each call of the dense model.
-        idle_ms: The same of the idling model.
+        ms: Milliseconds of each call, by model: `dense`, `idle`, and peers. Entry i of all of them, and of all modes
+            of a batch size, comes from round i.
+        peak_mib: The most memory that tensors took in a call, by model; None where CUDA graphs hide it.
     """
 
     mode: str
     batch: int
-    dense_ms: tuple[float, ...]
-    idle_ms: tuple[float, ...]
+    ms: Mapping[str, tuple[float, ...]]
+    peak_mib: Mapping[str, float | None] = field(default_factory=dict)
 
-    @property
-    def speed_up(self) -> float:
-        """How many times faster idling is: the median over rounds, which forgives a machine that drifts."""
-        return median(d / i for d, i in zip(self.dense_ms, self.idle_ms, strict=True))
+    def speed_up(self, name: str = IDLE) -> float:
+        """How many times faster than the dense model: the median over rounds, which forgives a machine that drifts."""
+        return speed_up(self.ms[DENSE], self.ms[name])
 
-    @property
-    def faster(self) -> bool:
-        """Whether idling won in at least three rounds of four."""
-        return quartiles([d / i for d, i in zip(self.dense_ms, self.idle_ms, strict=True)])[0] > 1
+    def memory_ratio(self, name: str = IDLE) -> float | None:
+        """Peak memory over that of the dense model."""
+        ours, dense = self.peak_mib.get(name), self.peak_mib.get(DENSE)
+        return ours / dense if ours and dense else None
 
-    def images_per_s(self, samples_ms: Sequence[float]) -> float:
-        """Images per second at the median of the samples."""
-        return self.batch / median(samples_ms) * 1e3
+    def images_per_s(self, name: str) -> float:
+        """Images per second at the median."""
+        return self.batch / median(self.ms[name]) * 1e3
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, on what; prints as a table with a verdict in words.
+    """What was measured, on what; `str()` gives a table with a verdict in words.
 
     Attributes:
+        title: The models, in words.
         machine: Device, number type, threads and versions, in words.
-        dense_gmacs: Billions of multiply-adds of the dense model for one image.
-        idle_gmacs: The same of the idling model.
+        gmacs: Billions of multiply-adds for one image forward, by model.
         timings: One entry per mode and batch size.
         skipped: What could not be measured, and why.
         interrupted: Whether the user stopped it early.
+        training: Whether a call is a training step.
     """
 
+    title: str
     machine: str
-    dense_gmacs: float
-    idle_gmacs: float
-    timings: tuple[Timing, ...]
+    gmacs: Mapping[str, float]
+    timings: tuple[Timing, ...] = ()
     skipped: tuple[str, ...] = ()
     interrupted: bool = False
+    training: bool = False
 
-    @property
-    def limit(self) -> float:
+    def limit(self, name: str = IDLE) -> float:
         """The speed-up if time followed arithmetic: the ratio of the GMACs."""
-        return self.dense_gmacs / self.idle_gmacs
+        return self.gmacs[DENSE] / self.gmacs[name]
 
-    @property
-    def verdict(self) -> str:
-        """In words: where idling is not faster, what was skipped."""
-        slow = [f"{t.mode}, batch {t.batch} ({t.speed_up:.2f}×)" for t in self.timings if not t.faster]
-        words = [f"Idling is NOT faster: {'; '.join(slow)}." if slow else "Idling is faster in every case."]
-        words += [f"Skipped: {reason}." for reason in self.skipped]
-        words += ["Interrupted: the table holds what was measured until then."] if self.interrupted else []
-        return "\n".join(words if self.timings else words[1:])
+    def best(self, batch: int, name: str = IDLE) -> tuple[Timing, Timing] | None:
+        """The fastest compiled timings of the dense model and of another one; None where there are none."""
+        compiled = [t for t in self.timings if t.batch == batch and t.mode != EAGER and name in t.ms]
+        if not compiled:
+            return None
+        dense, other = (min(compiled, key=lambda t, n=n: median(t.ms[n])) for n in (DENSE, name))  # type: ignore[misc]
+        return dense, other
 
-    def __str__(self) -> str:
-        rows = [
-            (
-                t.mode,
-                t.batch,
-                _spread(t.dense_ms),
-                _spread(t.idle_ms),
-                f"{t.images_per_s(t.dense_ms):.1f}",
-                f"{t.images_per_s(t.idle_ms):.1f}",
-                f"{t.speed_up:.2f}×",
-                f"{t.speed_up / self.limit:.0%}",
-            )
-            for t in self.timings
-        ]
-        rate = "images/s"
-        head = [
-            "mode",
-            "batch",
-            "dense ms",
-            "idle ms",
-            f"dense {rate}",
-            f"idle {rate}",
-            "speed-up",
-            "of limit",
-        ]
-        align = ("left", *["right"] * 7) if rows else None
-        table = tabulate(rows, headers=head, disable_numparse=True, colalign=align)
-        gmacs = f"limit {self.limit:.2f}× = {self.dense_gmacs:.2f} / {self.idle_gmacs:.2f} GMACs per image"
-        return "\n".join([table, "", f"ms: median (quartiles); {gmacs}", self.machine, self.verdict])
-
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
         """Everything, every sample and the derived figures."""
-        derived = [
-            {
-                "speed_up": t.speed_up,
-                "share_of_limit": t.speed_up / self.limit,
-                "dense_images_per_s": t.images_per_s(t.dense_ms),
-                "idle_images_per_s": t.images_per_s(t.idle_ms),
+        facts = asdict(self)
+        for timing, entry in zip(self.timings, facts["timings"], strict=True):
+            entry["derived"] = {
+                name: {
+                    "median_ms": median(timing.ms[name]),
+                    "images_per_s": timing.images_per_s(name),
+                    "speed_up": timing.speed_up(name),
+                    "share_of_limit": timing.speed_up(name) / self.limit(name),
+                    "outcome": outcome(timing.ms[DENSE], timing.ms[name]),
+                    "memory_ratio": timing.memory_ratio(name),
+                }
+                for name in timing.ms
             }
-            for t in self.timings
-        ]
-        facts = asdict(self) | {"limit": self.limit, "verdict": self.verdict}
-        facts["timings"] = [asdict(t) | d for t, d in zip(self.timings, derived, strict=True)]
-        return json.dumps(facts, indent=1)
+        return facts
 
 
-def quartiles(samples: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile."""
-    if len(samples) < 2:
-        return samples[0], samples[0]
-    first, _, third = quantiles(samples, n=4, method="inclusive")
-    return first, third
+def speed_up(dense_ms: Sequence[float], other_ms: Sequence[float]) -> float:
+    """The median ratio of calls that were made in the same round."""
+    return median(d / o for d, o in zip(dense_ms, other_ms, strict=True))
 
 
-def _spread(samples_ms: Sequence[float]) -> str:
-    first, third = quartiles(samples_ms)
-    return f"{median(samples_ms):.2f} ({first:.2f}–{third:.2f})"
+def outcome(dense_ms: Sequence[float], other_ms: Sequence[float]) -> str:
+    """In words: `faster`, `slower`, or `not told apart` from the dense model.
+
+    A sign test: the model that won so many rounds that chance would seldom let one of two equals win as many. It
+    asks who won a round, not by how much, so rounds that something disturbed do not decide.
+    """
+    rounds = [(d, o) for d, o in zip(dense_ms, other_ms, strict=True) if d != o]
+    won = sum(d > o for d, o in rounds)
+    if _chance(won, len(rounds)) <= CHANCE:
+        return "faster"
+    return "slower" if _chance(len(rounds) - won, len(rounds)) <= CHANCE else "not told apart"
+
+
+def _chance(won: int, rounds: int) -> float:
+    """How likely one of two equals wins so many rounds or more."""
+    return sum(comb(rounds, k) for k in range(won, rounds + 1)) / 2**rounds

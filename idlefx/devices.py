@@ -1,0 +1,55 @@
+"""What this machine can compute on, and in which number types."""
+
+import platform
+
+import torch
+from torch import Tensor
+
+from idlefx.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def present(device: str | torch.device) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise InputError(f"device: cannot use {device}: {str(error).partition(chr(10))[0]}") from error
+    return torch.device(device)
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Whether a device computes in a number type; slow imitation in software does not count.
+
+    Raises:
+        InputError: It does not.
+    """
+    reason = ""
+    try:
+        x = torch.ones(1, 1, 8, 8, device=device, dtype=dtype)
+        torch.nn.functional.scaled_dot_product_attention(x, x, torch.nn.functional.layer_norm(x @ x, (8,)))
+    except RuntimeError as error:
+        reason = str(error).partition(chr(10))[0]
+    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+        reason = "it would be imitated in software"
+    if reason:
+        raise InputError(f"dtype: {device} cannot compute in {_name(dtype)}: {reason}; take float32")
+
+
+def describe(weight: Tensor) -> str:
+    """Device, number type, threads and versions, in words."""
+    if weight.device.type == "cuda":
+        name = torch.cuda.get_device_name(weight.device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
+    return f"{name}, {_name(weight.dtype)}, torch {torch.__version__}, {platform.system()}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
