@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from idlefx.devices import check_dtype, describe, present
 from idlefx.errors import InputError
 from idlefx.inputs import call
 from idlefx.module import IdleModule
+from idlefx.peers import Peer
 from idlefx.pipeline import with_cut_loss
 from idlefx.report import report
 from idlefx.steps import training_step
@@ -24,15 +25,6 @@ from idlefx.stopwatch import Run
 from idlefx.timings import DENSE, EAGER, IDLE, Bench
 
 MODES = (EAGER, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another model to be timed in the same run: its name, itself, and its GMACs for one image."""
-
-    name: str
-    model: nn.Module
-    gmacs: float
 
 
 def bench(

@@ -2,22 +2,27 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from idlefx.bench import MODES, bench
+from idlefx.chart import check_chart, plot
 from idlefx.devices import DTYPES, check_dtype, present
 from idlefx.errors import IdleFxError, InputError
 from idlefx.files import check_writable, whole_file
+from idlefx.peers import make_peer, open_peers
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable
+from idlefx.report import report
 from idlefx.scoreboard import render, to_json
 from idlefx.stopwatch import lacks_memory
 from idlefx.timings import EAGER, Bench
 
+Patch = Callable[[nn.Module], None]
 Load = Callable[[argparse.Namespace, str], nn.Module]
 Example = Callable[[argparse.Namespace, nn.Module], Any]
 
@@ -38,6 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eager", action="store_true", help="do not time compiled models")
     parser.add_argument("--training", action="store_true", help="time a training step instead, with the token cut loss")
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long to measure one pair in one mode")
+    parser.add_argument("--peer", nargs="+", default=[], metavar="tome=PATH", help="time a checkout of ToMe too")
+    parser.add_argument("--plot", metavar="FILE", help="draw speed-up over GMAC ratio: a png, pdf or svg")
     parser.add_argument("--json", metavar="FILE", help="write every sample, after every batch size")
 
 
@@ -58,14 +65,19 @@ def run(options: argparse.Namespace, load: Load, example_of: Example) -> int:
     """
     device, dtype = present(options.device), getattr(torch, options.dtype)
     check_dtype(device, dtype)
-    for path in filter(None, [options.json]):
+    for path in filter(None, [options.json, options.plot]):
         check_writable(path)
+    if options.plot:
+        check_chart(options.plot)
+    if options.training and options.peer:
+        raise InputError("bench: peers are for inference; leave --peer or --training out")
+    peers = open_peers(options.peer)
     done: list[Bench] = []
     refused = 0
     for name in options.model:
         for keep in options.keep:
             try:
-                done.append(_bench(options, name, keep, done, load, example_of))
+                done.append(_bench(options, name, keep, peers, done, load, example_of))
             except IdleFxError as error:
                 print(f"error: {name}: {error}", file=sys.stderr)
                 refused = 2
@@ -80,14 +92,18 @@ def _bench(
     options: argparse.Namespace,
     name: str,
     keep: Sequence[float],
+    patches: Mapping[str, Patch],
     done: Sequence[Bench],
     load: Load,
     example_of: Example,
 ) -> Bench:
     def write(found: Bench) -> None:
+        benches = [*done, replace(found, skipped=(*refused, *found.skipped))]
         if options.json:
             with whole_file(options.json) as partial:
-                partial.write_text(to_json([*done, found]))
+                partial.write_text(to_json(benches))
+        if options.plot:
+            plot(benches, options.plot)
 
     dtype = getattr(torch, options.dtype)
     try:
@@ -107,19 +123,27 @@ def _bench(
         prefix=options.prefix,
         example_inputs=example,
     )
+    peers, refused = [], []
+    for peer, patch in patches.items():
+        try:
+            peers.append(make_peer(peer, patch, model, example, report(idle).idle_gmacs))
+        except InputError as error:
+            refused.append(str(error))
     title = f"{name}, layers {' '.join(map(str, layers))}, keep {' '.join(map(str, keep))}"
-    return bench(
+    found = bench(
         model,
         idle,
         example,
         batches=options.batch,
         dtype=dtype if options.training else None,
         modes=[EAGER] if options.eager else [EAGER, *options.modes],
+        peers=peers,
         training=options.training,
         title=title,
         seconds=options.seconds,
         each=write,
     )
+    return replace(found, skipped=(*refused, *found.skipped))
 
 
 def quarters(blocks: BlockTable) -> list[int]:

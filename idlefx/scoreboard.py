@@ -10,6 +10,8 @@ from idlefx.timings import DENSE, EAGER, IDLE, Bench, Timing, outcome, speed_up
 
 HEAD = ("mode", "batch", "model", "ms", "images/s", "peak MiB", "speed-up", "of limit", "memory")
 
+AGAINST_BEST = {"faster": "", "not told apart": ", which chance could do", "slower": ": here it does not pay"}
+
 
 def render(bench: Bench) -> str:
     """The table, the limit, the machine and the verdict."""
@@ -68,7 +70,7 @@ def _best(bench: Bench, batch: int, name: str) -> str:
     assert best is not None
     dense_ms, other_ms = best[0].ms[DENSE], best[1].ms[name]
     gained, modes = speed_up(dense_ms, other_ms), f"{best[0].mode} against {best[1].mode}"
-    pays = "" if outcome(dense_ms, other_ms) == "faster" else "; here it does not pay"
+    pays = AGAINST_BEST[outcome(dense_ms, other_ms)]
     return (
         f"Best compiled at batch {batch}: {name} is {gained:.2f}× as fast as dense ({modes}), "
         f"{gained / bench.limit(name):.0%} of its limit{pays}."

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from idlefx import __main__ as shell
 from idlefx import contest, stopwatch
-from idlefx.bench import Bench, Peer, bench
+from idlefx.bench import Bench, bench
 from idlefx.errors import InputError
+from idlefx.peers import Peer
 from idlefx.scoreboard import render, to_json, verdict
 from idlefx.timings import Timing, outcome
 
@@ -117,6 +118,7 @@ def test_verdict_says_where_idling_does_not_pay():
     words = verdict(made(eager=12.5, default=8.0))
     assert "SLOWER" in words and "eager, batch 8 (0.80×)" in words
     assert "faster: default, batch 8 (1.25×)" in words
+    assert "here it does not pay" in verdict(made(default=12.5))
     assert "does not pay" not in verdict(made(default=8.0))
 
 

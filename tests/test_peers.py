@@ -1,0 +1,143 @@
+"""Peers and pictures of a bench: what is refused, and that a peer costs what idling costs."""
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, convert
+from models import build, images
+from torch import Tensor, nn
+
+import idlefx
+from idlefx import __main__ as shell
+from idlefx.chart import figure, plot, points
+from idlefx.errors import InputError
+from idlefx.peers import make_peer, open_peers
+from idlefx.timings import Bench, Timing
+
+PATCH = """
+def apply_patch(model):
+    class Shorter(type(model.blocks)):
+        def forward(self, x):
+            for block in self:
+                x = block(x)[:, : max(1, x.shape[1] - model.r * {slope})] {change}
+            return x
+    model.blocks.__class__ = Shorter
+"""
+COMMAND = [
+    "bench", "--model", "test_peers:named", "--example-shape", "2,3,48,48", "--layers", "1", "2", "--keep", "0.5",
+    "--batch", "2", "--eager", "--seconds", "0",
+]  # fmt: skip
+
+
+def named() -> nn.Module:
+    return build("vit")
+
+
+@cache
+def pair() -> tuple[nn.Module, Any, Tensor]:
+    model = build("vit")
+    return model, convert(model, Case((1, 2), 0.5)), images(model, 2)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a checkout that has the interface of the published code, and cuts tokens off instead of merging them."""
+
+    def make(slope: int = 1, change: str = "", start: str = "") -> str:
+        patch = tmp_path / "tome" / "patch"
+        patch.mkdir(parents=True)
+        (tmp_path / "tome" / "__init__.py").write_text(start)
+        (patch / "__init__.py").write_text("from .timm import apply_patch as timm\n")
+        (patch / "timm.py").write_text(PATCH.format(slope=slope, change=change))
+        return f"tome={tmp_path}"
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tome"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield make
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tome"]:
+        sys.modules.pop(name)
+
+
+def peer_of(given: str) -> Any:
+    dense, idle, example = pair()
+    return make_peer("tome", open_peers([given])["tome"], dense, example, idlefx.report(idle).idle_gmacs)
+
+
+def test_peer_merges_until_it_costs_what_idling_costs(checkout):
+    dense, idle, example = pair()
+    peer, report = peer_of(checkout()), idlefx.report(idle)
+    assert peer.gmacs == pytest.approx(report.idle_gmacs, rel=0.05)
+    assert peer.model.r > 0 and not hasattr(dense, "r")
+    with torch.inference_mode():
+        assert peer.model(example).shape == dense(example).shape
+
+
+def test_peer_is_timed_in_the_same_run(checkout, capsys):
+    assert shell.main([*COMMAND, "--peer", checkout()]) == 0
+    shown = capsys.readouterr().out
+    assert "tome" in shown and "limit of tome" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"slope": 0}, "saves nothing"),
+        ({"change": "* 2"}, "merging nothing it should compute what the model does"),
+        ({"change": "[0]"}, "it fails on this model"),
+    ],
+)
+def test_peer_that_does_not_know_the_model_is_named_and_the_rest_goes_on(options, words, checkout, capsys):
+    assert shell.main([*COMMAND, "--peer", checkout(**options)]) == 0
+    shown = capsys.readouterr().out
+    assert "Skipped: peer tome" in shown and words in shown
+    assert "idle" in shown and "limit of tome" not in shown
+
+
+def test_checkout_that_cannot_be_used_is_refused(checkout, tmp_path, capsys):
+    assert shell.main([*COMMAND, "--peer", f"tome={tmp_path}"]) == 2
+    assert "has no tome/patch/timm.py" in capsys.readouterr().err
+    with pytest.raises(InputError, match="cannot be imported, ModuleNotFoundError: No module named 'no_such_module'"):
+        open_peers([checkout(start="import no_such_module")])
+    with pytest.raises(InputError, match="NAME=PATH; known are tome"):
+        open_peers(["evit=here"])
+
+
+def test_other_code_of_that_name_is_not_taken_for_the_checkout(checkout, tmp_path):
+    open_peers([checkout()])
+    other = tmp_path / "other" / "tome" / "patch"
+    other.mkdir(parents=True)
+    (other / "timm.py").touch()
+    with pytest.raises(InputError, match="was imported instead of"):
+        open_peers([f"tome={tmp_path / 'other'}"])
+
+
+def benches() -> list[Bench]:
+    eager = Timing("eager", 1, {"dense": (2.0,) * 5, "idle": (2.5,) * 5})
+    slow = Timing("default", 8, {"dense": (9.0,) * 5, "idle": (7.0,) * 5})
+    fast = Timing("max-autotune", 8, {"dense": (8.0,) * 5, "idle": (8.0,) * 5, "tome": (4.0,) * 5})
+    return [Bench("vit, keep 0.5", "a machine", {"dense": 4.0, "idle": 2.0, "tome": 1.6}, (eager, slow, fast))]
+
+
+def test_points_are_best_against_best():
+    assert points(benches()[0]) == [(1, "idle", 0.8), (8, "idle", pytest.approx(8 / 7)), (8, "tome", 2.0)]
+
+
+def test_plot_has_a_point_each_over_its_limit_and_is_a_file(tmp_path):
+    drawn = [tuple(line.get_xydata()[0]) for line in figure(benches()).axes[0].lines if line.get_marker() == "o"]
+    assert drawn == [(2.0, 0.8), (2.0, pytest.approx(8 / 7)), (2.5, 2.0)]
+    target = plot(benches(), tmp_path / "speed.png")
+    assert target.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="png"):
+        plot(benches(), tmp_path / "speed.txt")
+    assert not (tmp_path / "speed.txt").exists()
+
+
+def test_shell_draws_the_plot(tmp_path, capsys):
+    target = tmp_path / "speed.svg"
+    assert shell.main([*COMMAND, "--plot", str(target)]) == 0
+    assert "<svg" in target.read_text()
+    assert shell.main([*COMMAND, "--plot", str(tmp_path / "speed.gif")]) == 2
