@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import idlefx
-from idlefx import campaign, zoo
+from idlefx import zoo
+from idlefx.campaign import Campaign, add_options
 from idlefx.data import Glyphs
 from idlefx.errors import IdleFxError
 from idlefx.files import whole_file
@@ -48,7 +49,7 @@ def _convert(options: argparse.Namespace) -> None:
         model = _model(options)
         example = _example(options, model)
         idle = _idle(options, model, example)
-        print(idle.plan, idlefx.report(idle), sep="\n\n")
+        print(idle.plan, idlefx.report(idle, options.times), sep="\n\n")
         same = _largest_difference(model, _idle(options, model, example, keep=1.0), example)
         print(f"\nKeeping all tokens gives the dense model's output, largest difference {same:.2g}.")
         if partial:
@@ -56,7 +57,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    return campaign.run(options, _model, _example)
+    return Campaign(options, _model, _example).run()
 
 
 def _draw(options: argparse.Namespace) -> None:
@@ -102,6 +103,7 @@ def _idle(options: argparse.Namespace, model: nn.Module, example: Any, keep: flo
         given if keep is None else keep,
         schedule=options.schedule,
         selector=options.selector,
+        multiple_of=options.multiple_of,
         prefix=options.prefix,
         example_inputs=example,
     )
@@ -129,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     choice = argparse.ArgumentParser(add_help=False)
     choice.add_argument("--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle")
     choice.add_argument("--selector", default="auto", help="the token score")
+    choice.add_argument("--multiple-of", type=int, default=1, help="round tokens that work up to a multiple, such as 8")
     choice.add_argument("--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found")
 
     plan = argparse.ArgumentParser(add_help=False, parents=[choice])
@@ -146,10 +149,11 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser("convert", parents=[source, plan], help="plan and report of a conversion, checked")
     convert.add_argument("--save", metavar="FILE", help="write the weights, safetensors")
+    convert.add_argument("--times", metavar="FILE", help="predict times from what `bench --table` wrote")
     convert.set_defaults(command=_convert)
 
     timing = commands.add_parser("bench", parents=[weights, choice], help="time dense against idling")
-    campaign.add_options(timing)
+    add_options(timing)
     timing.set_defaults(command=_bench)
 
     draw = commands.add_parser("draw", parents=[source, plan], help="picture of working and idle patches")

@@ -2,27 +2,28 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from idlefx.bench import MODES, bench
 from idlefx.chart import check_chart, plot
+from idlefx.clock import BlockTimes, measure_times, size_of, times_to_json, token_counts
 from idlefx.devices import DTYPES, check_dtype, present
 from idlefx.errors import IdleFxError, InputError
 from idlefx.files import check_writable, whole_file
-from idlefx.peers import make_peer, open_peers
+from idlefx.module import IdleModule
+from idlefx.peers import Peer, make_peer, open_peers
 from idlefx.pipeline import convert, inspect
-from idlefx.records import BlockTable
+from idlefx.records import BlockTable, Plan
 from idlefx.report import report
 from idlefx.scoreboard import render, to_json
 from idlefx.stopwatch import lacks_memory
 from idlefx.timings import EAGER, Bench
 
-Patch = Callable[[nn.Module], None]
 Load = Callable[[argparse.Namespace, str], nn.Module]
 Example = Callable[[argparse.Namespace, nn.Module], Any]
 
@@ -44,106 +45,128 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training", action="store_true", help="time a training step instead, with the token cut loss")
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long to measure one pair in one mode")
     parser.add_argument("--peer", nargs="+", default=[], metavar="tome=PATH", help="time a checkout of ToMe too")
+    parser.add_argument("--table", metavar="FILE", help="write block times by token count, for `convert --times`")
     parser.add_argument("--plot", metavar="FILE", help="draw speed-up over GMAC ratio: a png, pdf or svg")
     parser.add_argument("--json", metavar="FILE", help="write every sample, after every batch size")
 
 
-def run(options: argparse.Namespace, load: Load, example_of: Example) -> int:
-    """Measure, print and write; a model that is refused is named, and the rest goes on.
+class Campaign:
+    """All that one command measures.
 
     Args:
         options: Of the command line.
         load: Makes the model of a name.
         example_of: Makes its example inputs.
 
-    Returns:
-        0, or 2 if a model was refused.
-
     Raises:
-        InputError: The device, number type or a path cannot be used.
-        KeyboardInterrupt: The user stopped it; what was measured is printed and written.
+        InputError: The device, the number type, a path or a peer cannot be used.
     """
-    device, dtype = present(options.device), getattr(torch, options.dtype)
-    check_dtype(device, dtype)
-    for path in filter(None, [options.json, options.plot]):
-        check_writable(path)
-    if options.plot:
-        check_chart(options.plot)
-    if options.training and options.peer:
-        raise InputError("bench: peers are for inference; leave --peer or --training out")
-    peers = open_peers(options.peer)
-    done: list[Bench] = []
-    refused = 0
-    for name in options.model:
-        for keep in options.keep:
+
+    def __init__(self, options: argparse.Namespace, load: Load, example_of: Example) -> None:
+        self.options, self.load, self.example_of = options, load, example_of
+        self.device, self.dtype = present(options.device), getattr(torch, options.dtype)
+        check_dtype(self.device, self.dtype)
+        for path in filter(None, [options.json, options.plot, options.table]):
+            check_writable(path)
+        if options.plot:
+            check_chart(options.plot)
+        if options.training and options.peer:
+            raise InputError("bench: peers are for inference; leave --peer or --training out")
+        self.peers = open_peers(options.peer)
+        self.done: list[Bench] = []
+        self.tables: list[BlockTimes] = []
+
+    def run(self) -> int:
+        """Measure, print and write; a model that is refused is named, and the rest goes on.
+
+        Returns:
+            0, or 2 if a model was refused.
+
+        Raises:
+            KeyboardInterrupt: The user stopped it; what was measured is printed and written.
+        """
+        status = 0
+        for name in self.options.model:
             try:
-                done.append(_bench(options, name, keep, peers, done, load, example_of))
+                self._measure(name)
             except IdleFxError as error:
                 print(f"error: {name}: {error}", file=sys.stderr)
-                refused = 2
-                continue
-            print(render(done[-1]), end="\n\n", flush=True)
-            if done[-1].interrupted:
-                raise KeyboardInterrupt
-    return refused
+                status = 2
+        return status
 
-
-def _bench(
-    options: argparse.Namespace,
-    name: str,
-    keep: Sequence[float],
-    patches: Mapping[str, Patch],
-    done: Sequence[Bench],
-    load: Load,
-    example_of: Example,
-) -> Bench:
-    def write(found: Bench) -> None:
-        benches = [*done, replace(found, skipped=(*refused, *found.skipped))]
-        if options.json:
-            with whole_file(options.json) as partial:
-                partial.write_text(to_json(benches))
-        if options.plot:
-            plot(benches, options.plot)
-
-    dtype = getattr(torch, options.dtype)
-    try:
-        model = load(options, name).to(options.device, None if options.training else dtype)
-    except RuntimeError as error:
-        if not lacks_memory(error):
-            raise
-        raise InputError("the model itself does not fit in memory") from error
-    example = example_of(options, model)
-    layers = options.layers or quarters(inspect(model, example, prefix=options.prefix))
-    idle = convert(
-        model,
-        layers,
-        keep[0] if len(keep) == 1 else keep,
-        schedule=options.schedule,
-        selector=options.selector,
-        prefix=options.prefix,
-        example_inputs=example,
-    )
-    peers, refused = [], []
-    for peer, patch in patches.items():
+    def _measure(self, name: str) -> None:
+        options = self.options
         try:
-            peers.append(make_peer(peer, patch, model, example, report(idle).idle_gmacs))
-        except InputError as error:
-            refused.append(str(error))
-    title = f"{name}, layers {' '.join(map(str, layers))}, keep {' '.join(map(str, keep))}"
-    found = bench(
-        model,
-        idle,
-        example,
-        batches=options.batch,
-        dtype=dtype if options.training else None,
-        modes=[EAGER] if options.eager else [EAGER, *options.modes],
-        peers=peers,
-        training=options.training,
-        title=title,
-        seconds=options.seconds,
-        each=write,
-    )
-    return replace(found, skipped=(*refused, *found.skipped))
+            model = self.load(options, name).to(self.device, None if options.training else self.dtype)
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            raise InputError("the model itself does not fit in memory") from error
+        example = self.example_of(options, model)
+        layers = options.layers or quarters(inspect(model, example, prefix=options.prefix))
+        plans = []
+        for keep in options.keep:
+            idle = convert(
+                model,
+                layers,
+                keep[0] if len(keep) == 1 else keep,
+                schedule=options.schedule,
+                selector=options.selector,
+                multiple_of=options.multiple_of,
+                prefix=options.prefix,
+                example_inputs=example,
+            )
+            plans.append(idle.plan)
+            title = f"{name}, layers {' '.join(map(str, layers))}, keep {' '.join(map(str, keep))}"
+            found = self._bench(title, model, idle, example)
+            self.done.append(found)
+            print(render(found), end="\n\n", flush=True)
+            if found.interrupted:
+                raise KeyboardInterrupt
+        if options.table:
+            self._tabulate(plans, next(model.parameters()))
+
+    def _bench(self, title: str, model: nn.Module, idle: IdleModule, example: Any) -> Bench:
+        options, peers, refused = self.options, list[Peer](), list[str]()
+        for name, patch in self.peers.items():
+            try:
+                peers.append(make_peer(name, patch, model, example, report(idle).idle_gmacs))
+            except InputError as error:
+                refused.append(str(error))
+
+        def complete(found: Bench) -> Bench:
+            return replace(found, skipped=(*refused, *found.skipped))
+
+        found = bench(
+            model,
+            idle,
+            example,
+            batches=options.batch,
+            dtype=self.dtype if options.training else None,
+            modes=[EAGER] if options.eager else [EAGER, *options.modes],
+            peers=peers,
+            training=options.training,
+            title=title,
+            seconds=options.seconds,
+            each=lambda found: self._write([*self.done, complete(found)]),
+        )
+        return complete(found)
+
+    def _write(self, benches: Sequence[Bench]) -> None:
+        if self.options.json:
+            with whole_file(self.options.json) as partial:
+                partial.write_text(to_json(benches))
+        if self.options.plot:
+            plot(benches, self.options.plot)
+
+    def _tabulate(self, plans: Sequence[Plan], weight: Tensor) -> None:
+        options, batch = self.options, max(self.options.batch)
+        mode, counts = EAGER if options.eager else options.modes[0], token_counts(plans)
+        for block in {size_of(block): block for block in plans[0].blocks if block.tokens}.values():
+            self.tables.append(measure_times(block, counts, batch, weight, mode, options.seconds))
+        with whole_file(options.table) as partial:
+            partial.write_text(times_to_json(self.tables))
+        print(f"block times at batch {batch}, {mode}, for {len(counts)} token counts: {options.table}\n", flush=True)
 
 
 def quarters(blocks: BlockTable) -> list[int]:

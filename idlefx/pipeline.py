@@ -33,6 +33,7 @@ def convert(
     schedule: str = "stages",
     selector: str = "auto",
     reselect: bool = True,
+    multiple_of: int = 1,
     prefix: int | Sequence[int] | None = None,
     example_inputs: Any = None,
     copy: bool = True,
@@ -48,6 +49,7 @@ def convert(
         schedule: "stages" or "blocks".
         selector: Name of the token score; "auto" takes the logits of the class token, or of the mean query.
         reselect: Whether a token that idles may work again in a later block. False is pruning, for comparison.
+        multiple_of: Raise K until P + K, the tokens that work, is a multiple of it: 8 suits the tiles of GPU kernels.
         prefix: Number of leading prefix tokens, or their positions; found if None.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed for timm, torchvision
             and Hugging Face models.
@@ -64,7 +66,7 @@ def convert(
     """
     captured = capture(model, example_inputs, copy_model=copy)
     spelled = spell(captured.eval_graph)
-    plan = make_plan(find_blocks(spelled, prefix), layers, keep, schedule, selector, reselect)
+    plan = make_plan(find_blocks(spelled, prefix), layers, keep, schedule, selector, reselect, multiple_of)
     rewritten = rewrite(spelled, plan, captured.eval_graph)
     evaluation = Form(captured.eval_graph, deepcopy(captured.eval_graph.graph), plan, rewritten.graph)
     training = _for_training(captured, evaluation, prefix)

@@ -18,6 +18,7 @@ def make_plan(
     schedule: str = "stages",
     selector: str = AUTO,
     reselect: bool = True,
+    multiple_of: int = 1,
 ) -> Plan:
     """Which block keeps how many image tokens.
 
@@ -29,12 +30,15 @@ def make_plan(
         schedule: "stages" or "blocks".
         selector: Name of the token score.
         reselect: Whether a token that idles may work again in a later block.
+        multiple_of: K is raised until P + K, the tokens that work, is a multiple of it; never above M.
 
     Raises:
         PlanError: Anything of these does not fit the model.
     """
     if schedule not in SCHEDULES:
         raise PlanError(f"plan: unknown schedule {schedule!r}; known are {', '.join(SCHEDULES)}")
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise PlanError(f"plan: multiple_of={multiple_of!r} is not a whole number from 1; 8 suits most kernels")
     listed = _listed(blocks, layers)
     ratios = _ratios(keep, len(listed), compound=schedule == "stages")
     if selector != AUTO:
@@ -43,7 +47,8 @@ def make_plan(
     if schedule == "stages":
         ends = [start for start, _ in pairs[1:]] + [len(blocks)]
         pairs = [(index, ratio) for (start, ratio), end in zip(pairs, ends, strict=True) for index in range(start, end)]
-    plan = Plan(tuple(_step(blocks, index, ratio, selector) for index, ratio in pairs), blocks, reselect)
+    steps = tuple(_step(blocks, index, ratio, selector, multiple_of) for index, ratio in pairs)
+    plan = Plan(steps, blocks, reselect, multiple_of)
     if not reselect:
         _check_pruning(plan)
     return plan
@@ -52,6 +57,15 @@ def make_plan(
 def kept_tokens(keep: float, tokens: int) -> int:
     """K of M image tokens: `max(1, floor(keep * M))`, safe against the last bit of the product."""
     return max(1, math.floor(keep * tokens + 1e-9))
+
+
+def rounded_tokens(kept: int, block: Block, multiple_of: int) -> int:
+    """K, raised until P + K is a multiple, at most to M.
+
+    What a kernel cuts into tiles is the sequence that works, prefix tokens and all: rows of the projections and of
+    the MLP, queries and keys of attention. So it is their number that is rounded, not K alone.
+    """
+    return min(block.image_tokens, kept + -(kept + len(block.prefix)) % multiple_of)
 
 
 def _listed(blocks: BlockTable, layers: Sequence[int]) -> list[int]:
@@ -86,7 +100,7 @@ def _check_ratio(ratio: object) -> None:
         raise PlanError(f"plan: keep={ratio!r} is not in (0, 1]; 0.7 keeps 70 % of the image tokens, 1.0 all of them")
 
 
-def _step(blocks: BlockTable, index: int, ratio: float, selector: str) -> Step:
+def _step(blocks: BlockTable, index: int, ratio: float, selector: str, multiple_of: int) -> Step:
     block = blocks[index]
     if not block.can_idle:
         raise PlanError(
@@ -95,7 +109,7 @@ def _step(blocks: BlockTable, index: int, ratio: float, selector: str) -> Step:
         )
     name = _resolve(block, selector)
     form = ("affine" if block.affine else "keys") if name in LOGITS else ""
-    kept = kept_tokens(ratio, block.image_tokens)
+    kept = rounded_tokens(kept_tokens(ratio, block.image_tokens), block, multiple_of)
     return Step(index, block.path, ratio, kept, block.image_tokens, name, form)
 
 

@@ -153,11 +153,13 @@ class Plan(Sequence[Step]):
         steps: One for each block that was named, directly or through its stage.
         blocks: The table that the steps refer to.
         reselect: Whether a token that idles may work again in a later block.
+        multiple_of: What P + K was rounded up to a multiple of.
     """
 
     steps: tuple[Step, ...]
     blocks: BlockTable
     reselect: bool = True
+    multiple_of: int = 1
 
     @overload
     def __getitem__(self, index: int) -> Step: ...
@@ -179,4 +181,6 @@ class Plan(Sequence[Step]):
         ]
         head = ["block", "path", "keep", "image tokens kept", "selector", "form"]
         table = tabulate(rows, headers=head, disable_numparse=True)
+        if self.multiple_of > 1:
+            table += f"\nprefix and kept tokens together are rounded up to a multiple of {self.multiple_of}"
         return table if self.reselect else table + "\na token that idles never works again (reselect=False)"
