@@ -1,21 +1,23 @@
-"""A private Vision Transformer that no library knows, converted, verified against itself, and drawn.
+"""A private Vision Transformer that no library knows: converted, checked, drawn, fine-tuned, packaged and served.
 
 It has what tools written for one library trip over: rotary embedding on the image tokens only, registers at the
-end of the sequence, blocks made of raw parameters, and attention spelled by hand.
+end of the sequence, blocks made of raw parameters, and attention spelled by hand. Run it from the folder above, as
+`python -m examples.in_house`, where the script that is emitted can import the model too.
 """
 
 import math
-from pathlib import Path
+import subprocess
+import sys
 
 import torch
-from matplotlib import cbook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idlefx
 from idlefx.module import selections
+from idlefx.scenes import CLASSES
 
-WIDTH, HEADS, DEPTH, GRID, PATCH, REGISTERS = 96, 4, 6, 14, 16, 2
+WIDTH, HEADS, DEPTH, GRID, PATCH, REGISTERS = 96, 4, 6, 7, 16, 2
 
 
 def rotary_tables() -> tuple[Tensor, Tensor]:
@@ -68,13 +70,13 @@ class InHouseViT(nn.Module):
         self.class_token = nn.Parameter(torch.randn(1, 1, WIDTH))
         self.registers = nn.Parameter(torch.randn(1, REGISTERS, WIDTH))
         self.blocks = nn.ModuleList(RawBlock() for _ in range(DEPTH))
-        self.head = nn.Linear(WIDTH, 10)
+        self.head = nn.Linear(WIDTH, len(CLASSES))
         cosine, sine = rotary_tables()
         self.register_buffer("cosine", cosine, persistent=False)
         self.register_buffer("sine", sine, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 3, 224, 224)."""
+        """Logits (B, 24) of images (B, 3, 112, 112)."""
         x = self.patches(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x, self.registers.expand(len(x), -1, -1)], dim=1)
         for block in self.blocks:
@@ -111,8 +113,8 @@ def masked_reference(model: nn.Module, image: Tensor, kept: dict[int, Tensor]) -
 
 
 def main() -> None:
-    """Inspect, convert, compare, draw."""
-    model, image = build(), torch.randn(3, 3, 224, 224)
+    """Inspect, convert and compare; then emit, tune for two steps, and load what that packaged."""
+    model, image = build(), torch.randn(3, 3, GRID * PATCH, GRID * PATCH)
     print(idlefx.inspect(model, image[:2]))
     idle = idlefx.convert(model, layers=[2, 4], keep=0.6, example_inputs=image[:2])
     print(idle.plan, idlefx.report(idle), sep="\n\n")
@@ -122,8 +124,13 @@ def main() -> None:
         expected = masked_reference(build(), image, selections(idle, image))
         error = (idle(image) - expected).norm() / expected.norm()
     print(f"relative difference to idling by masks: {error:.1e}")
-    photograph = Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
-    print(idlefx.draw(idle, [photograph], "in_house.png"))
+
+    directory = idlefx.emit(idle, "in_house", model="examples.in_house:build", batch=(1, 64))
+    print("\nemitted:", *sorted(path.name for path in directory.iterdir()))
+    subprocess.run([sys.executable, directory / "finetune.py", "glyphs", "2"], check=True)
+    served = idlefx.load(directory / "tuned.pt2")
+    print("two steps later the artifact says", served(image).argmax(1).tolist(), "where the model said", end=" ")
+    print(model(image).argmax(1).tolist())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from idlefx.artifacts import Artifact, load, package
 from idlefx.backend import compile
 from idlefx.dynamo import register as _register_backend
+from idlefx.emission import emit
 from idlefx.errors import (
     ArtifactError,
     BlockError,
@@ -25,7 +26,7 @@ __version__ = VERSION
 __all__ = [
     "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "IdleFxError", "IdleModule",
     "InputError", "PassError", "Plan", "PlanError", "Report", "Step", "UnknownOperation", "compile", "convert", "draw",
-    "inspect", "load", "package", "report", "selector", "with_cut_loss",
+    "emit", "inspect", "load", "package", "report", "selector", "with_cut_loss",
 ]  # fmt: skip
 
 _register_backend()

@@ -5,16 +5,16 @@ import platform
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from idlefx.bench import present
+from idlefx.devices import present
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.portable import Portable
 from idlefx.records import Block, BlockTable, Plan, Step
+from idlefx.versions import versions
 
 KEY = "idlefx"  # of the JSON among the metadata of the file
 FORMAT = 1
@@ -39,7 +39,7 @@ def manifest_of(portable: Portable) -> dict[str, Any]:
     outputs = zip(portable.output_names, portable.output_shapes, portable.results, strict=True)
     return {
         "format": FORMAT,
-        "versions": {"idlefx": version("idlefx"), "torch": torch.__version__},
+        "versions": versions(),
         "device": images.device.type,
         "dtype": name_of(images.dtype),
         "machine": _machine(images.device),

@@ -70,7 +70,16 @@ def convert(
     rewritten = rewrite(spelled, plan, captured.eval_graph)
     evaluation = Form(captured.eval_graph, deepcopy(captured.eval_graph.graph), plan, rewritten.graph)
     training = _for_training(captured, evaluation, prefix)
-    return IdleModule(evaluation, training, captured.facts).train(captured.training)
+    facts = {
+        **captured.facts,
+        "origin": _origin(model),
+        "guessed": example_inputs is None,
+        "call": {
+            "layers": list(layers), "keep": keep, "schedule": schedule, "selector": selector, "reselect": reselect,
+            "prefix": prefix, "multiple_of": multiple_of,
+        },
+    }  # fmt: skip
+    return IdleModule(evaluation, training, facts).train(captured.training)
 
 
 def with_cut_loss(idle: IdleModule) -> IdleModule:
@@ -143,6 +152,15 @@ def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.Graph
         verify(module, promise, step.__name__)
     module.recompile()
     return module
+
+
+def _origin(model: nn.Module) -> str:
+    """What may make a model like this one again: its name in timm, or its class."""
+    config = getattr(model, "pretrained_cfg", None)
+    architecture = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
+    if architecture and type(model).__module__.startswith("timm."):
+        return str(architecture)
+    return f"{type(model).__module__}:{type(model).__qualname__}"
 
 
 def _for_training(captured: Captured, evaluation: Form, prefix: Any) -> Form:

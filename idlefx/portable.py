@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from idlefx import layouts as lay
-from idlefx.bench import present
+from idlefx.devices import present
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.graph import output_of, placeholders, value
 from idlefx.module import IdleModule

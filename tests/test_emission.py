@@ -1,0 +1,121 @@
+"""Emitting: a directory with all that a model needs, whole or not there, whose script tunes that very model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import colours
+import pytest
+import safetensors.torch
+import torch
+
+import idlefx
+from idlefx import InputError, emission
+
+TESTS = Path(__file__).parent
+FILES = {"model.pt2", "weights.safetensors", "plan.json", "report.md", "tokens.png", "finetune.py"}
+CALL = {"layers": [1], "keep": 0.5, "schedule": "blocks"}
+
+
+@idlefx.selector
+def brightness(x):
+    return x.mean(-1)
+
+
+def converted(**options):
+    return idlefx.convert(colours.vit(), **CALL, **options)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without compiling an artifact."""
+    monkeypatch.setattr(emission, "package", lambda idle, path, **_: path.write_bytes(b"artifact"))
+
+
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory):
+    return idlefx.emit(converted(), tmp_path_factory.mktemp("emitted") / "vit", model="colours:vit", batch=(1, 64))
+
+
+@pytest.mark.slow
+def test_the_artifact_computes_what_the_model_does(emitted):
+    x = torch.randn(3, 3, colours.SIDE, colours.SIDE)
+    torch.testing.assert_close(idlefx.load(emitted / "model.pt2")(x), converted()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_script_tunes_this_model_by_this_plan_and_packages_it(emitted, tmp_path):
+    data = colours.folder(tmp_path / "data", train=16, val=4)
+    command = [sys.executable, emitted / "finetune.py", data, "1"]
+    run = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "idle, tuned" in run.stdout
+    tuned = converted()
+    safetensors.torch.load_model(tuned, emitted / "tuned.safetensors")
+    x = torch.randn(2, 3, colours.SIDE, colours.SIDE)
+    torch.testing.assert_close(idlefx.load(emitted / "tuned.pt2")(x), tuned(x), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(tuned(x), converted()(x))
+
+
+def test_what_is_written(quick, tmp_path):
+    idle = converted()
+    directory = idlefx.emit(idle, tmp_path / "vit", model="colours:vit")
+    assert {path.name for path in directory.iterdir()} == FILES
+    plan = json.loads((directory / "plan.json").read_text())
+    assert plan["model"] == "colours:vit"
+    assert plan["layers"] == [1]
+    assert [step["kept"] for step in plan["blocks"]] == [step.kept for step in idle.plan]
+    weights = safetensors.torch.load_file(directory / "weights.safetensors")
+    assert weights.keys() == colours.vit().state_dict().keys()
+    assert str(idlefx.report(idle)) in (directory / "report.md").read_text()
+
+
+def test_the_script_is_short_and_says_what_the_user_said(quick, tmp_path):
+    script = (idlefx.emit(converted(), tmp_path / "vit", model="colours:vit") / "finetune.py").read_text()
+    compile(script, "finetune.py", "exec")
+    assert len(script.splitlines()) <= 60
+    assert "layers=[1], keep=0.5, schedule='blocks'" in script
+    assert "$" not in script
+
+
+def test_a_failure_leaves_nothing_behind(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(emission, "package", full)
+    with pytest.raises(InputError, match="No space left on device; name another directory"):
+        idlefx.emit(converted(), tmp_path / "vit", model="colours:vit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_with_files_is_refused(quick, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="is there already"):
+        idlefx.emit(converted(), tmp_path, model="colours:vit")
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_model_that_the_script_could_not_make_again_is_refused(quick, tmp_path):
+    with pytest.raises(InputError, match=r"could not make this model again .* model='package.module:callable'"):
+        idlefx.emit(converted(), tmp_path / "vit", model="idlefx.models:glyph_vit")
+    assert not (tmp_path / "vit").exists()
+
+
+def test_a_timm_model_names_itself(quick, tmp_path):
+    import timm
+
+    idle = idlefx.convert(timm.create_model("test_vit", img_size=96), **CALL)
+    script = (idlefx.emit(idle, tmp_path / "vit") / "finetune.py").read_text()
+    assert "load_model('test_vit', checkpoint=HERE / \"weights.safetensors\", img_size=96)" in script
+
+
+def test_the_script_imports_the_users_token_score(quick, tmp_path):
+    directory = idlefx.emit(converted(selector="brightness"), tmp_path / "vit", model="colours:vit")
+    assert f"import {__name__}  # registers the token score" in (directory / "finetune.py").read_text()
+
+
+def test_a_token_score_that_cannot_be_imported_is_refused(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(brightness, "__module__", "__main__")
+    with pytest.raises(InputError, match=r"`brightness` .* move it into a module"):
+        idlefx.emit(converted(selector="brightness"), tmp_path / "vit", model="colours:vit")
