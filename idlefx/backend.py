@@ -36,7 +36,7 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
     return compiled
 
 
-def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:
     """Compile a graph with Inductor, for inference or training, whatever its inputs ask for.
 
     Args:
@@ -45,7 +45,7 @@ def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., An
     """
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(module, inputs)
+    compiled: Any = compile_fx(module, inputs)
     return compiled
 
 

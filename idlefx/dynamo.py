@@ -94,7 +94,13 @@ def _read(options: Mapping[str, Any] | None) -> Options:
     missing = [name for name in ("layers", "keep") if name not in options]
     if missing:
         raise InputError(f"backend: options lack {' and '.join(missing)}; give for example {example}")
-    return Options(**options)
+    read = Options(**options)
+    whole = list(read.prefix) if isinstance(read.prefix, (list, tuple, range)) else [read.prefix or 0]
+    if any(isinstance(position, bool) or not isinstance(position, int) for position in whole):
+        raise InputError(f"backend: prefix={read.prefix!r} is neither a number of leading tokens nor their positions")
+    if not isinstance(read.reselect, bool):
+        raise InputError(f"backend: reselect={read.reselect!r} is neither True nor False")
+    return read
 
 
 def _with_idling(given: fx.GraphModule, inputs: list[Any], options: Options) -> fx.GraphModule:
@@ -121,7 +127,8 @@ def _plan(blocks: BlockTable, options: Options) -> Plan:
 
 def _plan_for(part: Part, blocks: BlockTable, options: Options) -> Plan:
     named = [block.path for block in blocks if block.path]
-    part.claim(f"{len(blocks)} blocks" + (f" ({named[0]} to {named[-1]})" if named else ""))
+    count = f"{len(blocks)} block" + "s" * (len(blocks) > 1)
+    part.claim(count + (f" ({named[0]} to {named[-1]})" if named else ""))
     try:
         plan = _plan(blocks, options)
     except PlanError as refusal:

@@ -65,7 +65,7 @@ def lift(module: fx.GraphModule, given: fx.GraphModule) -> fx.GraphModule:
     there: dict[str, fx.Node] = {}
     for holder in placeholders(given.graph):
         there[holder.name] = graph.node_copy(holder)
-        there[holder.name]._dynamo_source = getattr(holder, "_dynamo_source", None)  # type: ignore[attr-defined]
+        there[holder.name]._dynamo_source = getattr(holder, "_dynamo_source", None)
     free = (there[holder.name] for holder in placeholders(given.graph) if not is_state(holder))
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -82,10 +82,10 @@ def lift(module: fx.GraphModule, given: fx.GraphModule) -> fx.GraphModule:
     return lifted
 
 
-def free_sizes(given: fx.GraphModule) -> list[torch.SymInt]:
+def free_sizes(given: fx.GraphModule) -> list[Any]:
     """The sizes of inputs that torch.compile leaves open, other than the batch."""
     values = [_example(holder) for holder in placeholders(given.graph) if not is_state(holder)]
-    shapes = [value.shape[1:] for value in values if isinstance(value, torch.Tensor)]
+    shapes: list[Any] = [value.shape[1:] for value in values if isinstance(value, torch.Tensor)]
     return [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
 
 
