@@ -19,7 +19,7 @@ from idlefx.backend import compile_graph
 from idlefx.blocks import find_blocks
 from idlefx.breaks import Part, forget, part_of
 from idlefx.errors import IdleFxError, InputError, PlanError
-from idlefx.lifted import free_sizes, lift, lower
+from idlefx.lifted import free_sizes, has_one_image, lift, lower
 from idlefx.pipeline import rewrite, spell
 from idlefx.planning import make_plan
 from idlefx.records import BlockTable, Plan
@@ -115,7 +115,15 @@ def _with_idling(given: fx.GraphModule, inputs: list[Any], options: Options) -> 
         original = lower(given)
         spelled = spell(original)
     blocks = find_blocks(spelled, options.prefix)
-    plan = _plan(blocks, options) if part is None else _plan_for(part, blocks, options)
+    try:
+        plan = _plan(blocks, options) if part is None else _plan_for(part, blocks, options)
+    except PlanError as refusal:
+        if has_one_image(given) and not all(block.can_idle for block in blocks):
+            raise PlanError(
+                f"{refusal}\ntorch.compile made this graph for a batch of one, whose axis is hard to tell from others; "
+                "a batch of two or more may do"
+            ) from refusal
+        raise
     rewritten = rewrite(spelled, plan, original)
     return given if rewritten is original else lift(rewritten, given)
 

@@ -84,15 +84,23 @@ def lift(module: fx.GraphModule, given: fx.GraphModule) -> fx.GraphModule:
 
 def free_sizes(given: fx.GraphModule) -> list[Any]:
     """The sizes of inputs that torch.compile leaves open, other than the batch."""
-    values = [_example(holder) for holder in placeholders(given.graph) if not is_state(holder)]
-    shapes: list[Any] = [value.shape[1:] for value in values if isinstance(value, torch.Tensor)]
-    return [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
+    return [size for shape in _shapes(given) for size in shape[1:] if isinstance(size, torch.SymInt)]
+
+
+def has_one_image(given: fx.GraphModule) -> bool:
+    """Whether the graph is for a batch of one, which torch.compile takes for a constant."""
+    return any(len(shape) > 1 and not isinstance(shape[0], torch.SymInt) and shape[0] == 1 for shape in _shapes(given))
 
 
 def is_state(holder: fx.Node) -> bool:
     """Whether an input of a Dynamo graph is a tensor of a module: a parameter, a buffer or a plain attribute."""
     origin = getattr(getattr(holder, "_dynamo_source", None), "guard_source", None)
     return origin is not None and (origin.is_unspecialized_nn_module() or origin.is_specialized_nn_module())
+
+
+def _shapes(given: fx.GraphModule) -> list[Any]:
+    values = [_example(holder) for holder in placeholders(given.graph) if not is_state(holder)]
+    return [value.shape for value in values if isinstance(value, torch.Tensor)]
 
 
 def _example(holder: Call) -> Any:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torchvision
 from models import build, images
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -182,6 +183,15 @@ def test_bad_options_are_refused_in_words(options, words, graphs):
     with pytest.raises(BackendCompilerFailed, match=re.compile(words, re.DOTALL)) as refused:
         compiled(model, options)(images(model, 2))
     assert isinstance(refused.value.inner_exception, idlefx.IdleFxError)
+
+
+@torch.no_grad()
+def test_batch_of_one_that_cannot_be_told_apart_is_named(graphs):
+    model = torchvision.models.VisionTransformer(48, 8, 4, 3, 48, 96).eval()
+    fast, x = compiled(model), torch.randn(3, 3, 48, 48)
+    with pytest.raises(BackendCompilerFailed, match=r"(?s)block 1 .* cannot idle.*a batch of two or more may do"):
+        fast(x[:1])
+    assert torch.allclose(fast(x), idlefx.convert(model, **OPTIONS)(x), atol=1e-5)
 
 
 def test_mode_is_refused(graphs):
