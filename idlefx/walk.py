@@ -110,7 +110,7 @@ def broadcast(walk: Walk, node: Call, operands: Iterable[Any], rank: int) -> Lay
     own = [o for o in operands if o in walk]
     result: list[Dim] = []
     for d in range(rank):
-        dims = {walk[o][d - rank] for o in own if len(walk[o]) >= rank - d} - {()}
+        dims = _one_batch({walk[o][d - rank] for o in own if len(walk[o]) >= rank - d} - {()})
         if len(dims) > 1:
             refuse(node, "combines tokens with something that is not laid out like them")
         result.append(dims.pop() if dims else ())
@@ -121,6 +121,12 @@ def broadcast(walk: Walk, node: Call, operands: Iterable[Any], rank: int) -> Lay
             for d in range(rank - len(given), rank):
                 result[d] = result[d] or lay.features(given[d - rank])
     return tuple(result)
+
+
+def _one_batch(dims: set[Dim]) -> set[Dim]:
+    """Where a trace fixed the batch, the size of noise for each image does not say so; what it is added to does."""
+    batch = next((dim for dim in dims if len(dim) == 1 and dim[0].role == "batch"), None)
+    return {batch if batch is not None and dim == lay.features(lay.size(batch)) else dim for dim in dims}
 
 
 def read_by_position(walk: Walk, node: Call, operand: fx.Node, output: Layout, skip: int | None = None) -> None:
