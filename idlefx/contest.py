@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idlefx.stopwatch import WARM_UP, Run, lacks_memory, peak_mib, race, release
+from idlefx.stopwatch import WARM_UP, Run, lacks_memory, peak_mib, race, reclaim, release
 from idlefx.timings import DENSE, EAGER, IDLE, Timing
 
 REPLAYING = ("reduce-overhead", "max-autotune")  # modes that replay CUDA graphs, whose memory is out of sight
@@ -52,7 +52,7 @@ class Contest:
                     race(list(self.runs.values()), self.device, self.samples, seconds * pairs, rounds)
         except KeyboardInterrupt:
             self.interrupted = True
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
             self.skipped.append(f"batch {self.batch}: memory ran out while the modes took turns; time fewer of them")
@@ -75,8 +75,9 @@ class Contest:
             try:
                 self._prepare(mode, name)
             except Exception as error:
-                self.skipped.append(f"{mode}, batch {self.batch}, {name}: {_reason(error, mode)}")
-                self.runs.pop((mode, name), None)
+                self.skipped.append(f"{mode}, batch {self.batch}, {name}: {_reason(error, mode, name)}")
+            if (mode, name) not in self.runs:
+                reclaim(self.device)
                 if name in (DENSE, IDLE):
                     for other in self.models:
                         self.runs.pop((mode, other), None)
@@ -93,10 +94,11 @@ class Contest:
         self.runs[mode, name] = once
 
 
-def _reason(error: Exception, mode: str) -> str:
-    """Why a case is skipped; an eager model that fails for anything but memory is a fault to be seen."""
+def _reason(error: Exception, mode: str, name: str) -> str:
+    """Why a case is skipped; an eager model of the user's that fails for anything but memory is a fault to be seen."""
     if lacks_memory(error):
         return "it does not fit in memory"
-    if mode == EAGER:
+    if mode == EAGER and name in (DENSE, IDLE):
         raise error
-    return f"it does not compile, {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    what = "fails" if mode == EAGER else "does not compile"
+    return f"it {what}, {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

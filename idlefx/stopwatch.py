@@ -88,8 +88,13 @@ def _added_on_cpu(run: Run) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Forget compiled code and give memory back."""
+    """Forget compiled code, and give memory back."""
     torch.compiler.reset()
+    reclaim(device)
+
+
+def reclaim(device: torch.device) -> None:
+    """Give memory back that nothing uses."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
