@@ -82,8 +82,7 @@ def bench(
         prepare = _steps(amp) if training else dict.fromkeys(models, _call)
         found = replace(found, machine=describe(weight) + (f", autocast to {amp}" if amp else ""))
         for batch in tqdm(batches, desc="bench", unit="batch", leave=False, disable=not progress):
-            inputs = _resized(example, batch, weight)
-            case = Contest(models, prepare, inputs, batch, weight.device)
+            case = Contest(models, prepare, partial(_resized, example, batch, weight), batch, weight.device)
             case.run(modes, seconds, rounds)
             found = replace(
                 found,

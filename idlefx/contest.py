@@ -21,7 +21,7 @@ class Contest:
     Args:
         models: By name; "dense" and "idle" among them.
         prepare: Makes of a model, its compiled form and inputs a call, and says what stays in memory between calls.
-        inputs: The batch.
+        inputs: Makes the batch.
         batch: Its size.
         device: Where all of them are.
     """
@@ -30,7 +30,7 @@ class Contest:
         self,
         models: Mapping[str, nn.Module],
         prepare: Mapping[str, Prepare],
-        inputs: Any,
+        inputs: Callable[[], Any],
         batch: int,
         device: torch.device,
     ) -> None:
@@ -45,8 +45,9 @@ class Contest:
         """Warm up and race; what cannot be timed is noted in `skipped`, an interrupt in `interrupted`."""
         try:
             with torch._dynamo.config.patch(recompile_limit=SCOPE):
+                inputs = self.inputs()
                 for mode in modes:
-                    self._warm(mode)
+                    self._warm(mode, inputs)
                 pairs = len(self.runs) / 2
                 if self.runs:
                     race(list(self.runs.values()), self.device, self.samples, seconds * pairs, rounds)
@@ -55,7 +56,9 @@ class Contest:
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
-            self.skipped.append(f"batch {self.batch}: memory ran out while the modes took turns; time fewer of them")
+            self.skipped.append(
+                f"batch {self.batch}: its inputs, or all modes beside one another, do not fit in memory"
+            )
         finally:
             self.calls, self.runs = list(self.runs), {}
             release(self.device)
@@ -69,11 +72,11 @@ class Contest:
             found.append(Timing(mode, self.batch, ms, {name: self.peaks[mode, name] for name in ms}))
         return found
 
-    def _warm(self, mode: str) -> None:
+    def _warm(self, mode: str, inputs: Any) -> None:
         """Make the calls of one mode; a peer that fails is left out, without dense or idle the mode is."""
         for name in self.models:
             try:
-                self._prepare(mode, name)
+                self._prepare(mode, name, inputs)
             except Exception as error:
                 self.skipped.append(f"{mode}, batch {self.batch}, {name}: {_reason(error, mode, name)}")
             if (mode, name) not in self.runs:
@@ -83,10 +86,10 @@ class Contest:
                         self.runs.pop((mode, other), None)
                     return
 
-    def _prepare(self, mode: str, name: str) -> None:
+    def _prepare(self, mode: str, name: str, inputs: Any) -> None:
         model = self.models[name]
         run = model if mode == EAGER else torch.compile(model, dynamic=False, mode=mode)
-        once, resident = self.prepare[name](model, run, self.inputs)
+        once, resident = self.prepare[name](model, run, inputs)
         for _ in range(WARM_UP):
             once()
         hidden = self.device.type == "cuda" and mode in REPLAYING

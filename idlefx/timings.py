@@ -43,7 +43,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, on what; `str()` gives a table with a verdict in words.
+    """What was measured, on what; `idlefx.scoreboard.render` makes a table with a verdict in words of it.
 
     Attributes:
         title: The models, in words.

@@ -159,6 +159,11 @@ def test_batch_without_room_is_skipped_by_name_and_the_rest_goes_on():
     assert "Skipped: eager, batch 3" in render(found)
 
 
+def test_batch_whose_inputs_alone_have_no_room_is_skipped_too():
+    found = quick(batches=[2**45, 2])
+    assert [t.batch for t in found.timings] == [2] and f"batch {2**45}: its inputs" in found.skipped[0]
+
+
 def test_failure_of_an_eager_model_is_not_hidden():
     dense, idle, example = pair()
     with pytest.raises(RuntimeError, match="shape"):
