@@ -57,7 +57,8 @@ def _run(options: argparse.Namespace, world: World, interrupted: Callable[[], bo
     example = torch.randn(options.example_shape, device=world.device) if options.example_shape else None
     idle = convert(
         dense, options.layers, options.keep if len(options.keep) > 1 else options.keep[0], schedule=options.schedule,
-        selector=options.selector, reselect=options.reselect, prefix=options.prefix, example_inputs=example,
+        selector=options.selector, reselect=options.reselect, prefix=options.prefix, multiple_of=options.multiple_of,
+        example_inputs=example,
     )  # fmt: skip
     train, val = open_batches(
         source_of(options), idle, options.batch_size, seed=settings.seed, workers=options.workers, world=world

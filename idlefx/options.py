@@ -17,7 +17,7 @@ EXAMPLE = {
     "epochs": 1, "batch_size": 128, "lr": 3e-4, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "workers": 0,
 }  # fmt: skip
 
-DECISIVE = ("model", "layers", "keep", "schedule", "selector", "reselect", "batch_size", "augment", "erase")
+DECISIVE = ("model", "layers", "keep", "schedule", "selector", "reselect", "multiple_of", "batch_size", "augment", "erase")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle")
     plan.add_argument("--selector", default="auto", help="the token score")
+    plan.add_argument("--multiple-of", type=int, default=1, help="raise the tokens that work to a multiple of it")
     plan.add_argument("--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found")
     _switch(plan, "reselect", True, "let idle tokens be chosen again in later blocks")
 
