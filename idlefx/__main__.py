@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 import idlefx
 from idlefx import zoo
+from idlefx.artifacts import check_path
 from idlefx.campaign import Campaign, add_options
 from idlefx.data import Glyphs
+from idlefx.devices import DTYPES
 from idlefx.errors import IdleFxError
 from idlefx.files import whole_file
 from idlefx.inputs import call, guess_inputs
@@ -45,6 +47,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    if options.package:
+        check_path(options.package)
     with whole_file(options.save) if options.save else nullcontext() as partial:
         model = _model(options)
         example = _example(options, model)
@@ -54,6 +58,9 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"\nKeeping all tokens gives the dense model's output, largest difference {same:.2g}.")
         if partial:
             safetensors.torch.save_model(idle, str(partial))
+    if options.package:
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        print(idlefx.package(idle, options.package, device=options.device, dtype=dtype, batch=tuple(options.batch)))
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -150,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", parents=[source, plan], help="plan and report of a conversion, checked")
     convert.add_argument("--save", metavar="FILE", help="write the weights, safetensors")
     convert.add_argument("--times", metavar="FILE", help="predict times from what `bench --table` wrote")
+    convert.add_argument("--package", metavar="FILE", help="write an artifact, .pt2 or .onnx, and print its path")
+    convert.add_argument("--device", help="where the artifact is to run, if not where the model is")
+    convert.add_argument("--dtype", choices=DTYPES, help="number type of the artifact, if not the model's")
+    convert.add_argument("--batch", type=int, nargs=2, default=[1, 1024], metavar=("MIN", "MAX"), help="its images")
     convert.set_defaults(command=_convert)
 
     timing = commands.add_parser("bench", parents=[weights, choice], help="time dense against idling")

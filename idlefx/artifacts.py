@@ -9,7 +9,7 @@ import torch
 
 from idlefx.backend import build_artifact, open_artifact
 from idlefx.errors import InputError
-from idlefx.files import whole_file
+from idlefx.files import check_writable, whole_file
 from idlefx.manifest import check_manifest, manifest_of, metadata_of, name_of, plan_of, read_manifest
 from idlefx.module import IdleModule
 from idlefx.onnx_export import check_libraries, verify_onnx, write_onnx
@@ -111,17 +111,28 @@ def package(
         ArtifactError: The model cannot be compiled.
         PassError: The compiled model does not compute what the eager one does.
     """
-    path = Path(path)
-    if path.suffix not in WRITERS:
-        raise InputError(f"package: {path} must end in .pt2, for AOTInductor, or in .onnx")
-    if path.suffix == ".onnx":
-        check_libraries(verify)
+    path = check_path(path)
     with whole_file(path) as partial:
         portable = port(idle, device, dtype, batch)
         write, check = WRITERS[path.suffix]
         write(portable, manifest_of(portable), partial)
         if verify:
             check(portable, partial)
+    return path
+
+
+def check_path(path: str | Path) -> Path:
+    """See whether an artifact can be written there.
+
+    Raises:
+        InputError: The name has no known ending, a library that it needs is missing, or no file can be made there.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise InputError(f"package: {path} must end in .pt2, for AOTInductor, or in .onnx")
+    if path.suffix == ".onnx":
+        check_libraries()
+    check_writable(path)
     return path
 
 

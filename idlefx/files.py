@@ -17,8 +17,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: The path cannot be written.
     """
-    target = Path(path)
-    partial = _partial(target)
+    target, partial = Path(path), _begin(Path(path))
     try:
         yield partial
         partial.replace(target)
@@ -27,15 +26,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Refuse at once a path to which `whole_file` will write more than once, later.
+    """See, before longer work than a block should enclose, whether a path can be written.
 
     Raises:
-        InputError: The path cannot be written.
+        InputError: It cannot.
     """
-    _partial(Path(path)).unlink()
+    _begin(Path(path)).unlink()
 
 
-def _partial(target: Path) -> Path:
+def _begin(target: Path) -> Path:
     partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
     try:
         if target.is_dir():

@@ -15,14 +15,13 @@ from idlefx.parity import check_parity
 from idlefx.portable import Portable
 
 
-def check_libraries(verify: bool) -> None:
-    """See whether the libraries are there that write ONNX, and run it if the result is to be verified.
+def check_libraries() -> None:
+    """See whether the libraries are there that write and run ONNX.
 
     Raises:
         InputError: One is missing.
     """
-    wanted = ("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
-    if missing := [name for name in wanted if find_spec(name) is None]:
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise InputError(f"package: {' and '.join(missing)} is not installed; pip install 'idlefx[onnx]'")
 
 

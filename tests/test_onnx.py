@@ -1,0 +1,90 @@
+"""ONNX files: the same choices and results in onnxruntime, in operations that other engines know, and shell use."""
+
+import resource
+
+import pytest
+import torch
+from models import build, images
+
+import idlefx
+from idlefx import ops
+from idlefx.__main__ import main
+from idlefx.onnx_export import _sort
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def run(path, *tensors):
+    session = onnxruntime.InferenceSession(path)
+    feeds = zip([i.name for i in session.get_inputs()], tensors, strict=True)
+    return [torch.from_numpy(out) for out in session.run(None, {name: t.numpy() for name, t in feeds})]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "registers_map"])
+def test_onnx_equals_eager_in_plain_operations(name, tmp_path):
+    model = build(name)
+    idle = idlefx.convert(model, [1, 3], 0.5)
+    path = idlefx.package(idle, tmp_path / "m.onnx")
+    for batch in (1, 7):
+        x = images(model, batch)
+        assert torch.allclose(run(path, x)[0], idle(x), atol=1e-4)
+    written = onnx.load(path)
+    assert {node.domain for node in written.graph.node} == {""} and not written.functions
+    assert "ScatterND" in {node.op_type for node in written.graph.node}
+    reductions = [a.s for node in written.graph.node for a in node.attribute if a.name == "reduction"]
+    assert set(reductions) <= {b"none"}
+    assert [d.dim_param or d.dim_value for d in written.graph.input[0].type.tensor_type.shape.dim][:2] == ["batch", 3]
+    assert "idlefx" in {entry.key for entry in written.metadata_props}
+
+
+class Choices(torch.nn.Module):
+    def forward(self, scores):
+        worked = ops.choose_tokens(scores, (0,), 9)
+        return worked, ops.choose_tokens(scores, (5,), 7), ops.choose_tokens(-scores, (0,), 4, worked)
+
+
+def test_onnx_gives_ties_to_the_lower_position(tmp_path):
+    choices, batch = Choices().eval(), torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(choices, (torch.randn(2, 30),), dynamic_shapes=({0: batch},))
+    table = {torch.ops.aten.sort.stable: _sort}
+    torch.onnx.export(program, dynamo=True, custom_translation_table=table, verbose=False).save(tmp_path / "c.onnx")
+    scores = torch.randint(0, 3, (50, 30), generator=torch.Generator().manual_seed(0)).float()
+    assert all(torch.equal(a, b) for a, b in zip(run(tmp_path / "c.onnx", scores), choices(scores), strict=True))
+
+
+def test_full_disk_leaves_no_file(tmp_path):
+    idle = idlefx.convert(build("vit", depth=2), [1], 0.5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(idlefx.InputError, match=r"package: cannot write into .*make room"):
+            idlefx.package(idle, tmp_path / "m.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnxruntime_that_cannot_run_it_is_a_refusal(tmp_path):
+    idle = idlefx.convert(build("vit", depth=2), [1], 0.5)
+    with pytest.raises(idlefx.ArtifactError, match=r"onnxruntime does not run the file: .*verify=False"):
+        idlefx.package(idle, tmp_path / "m.onnx", dtype=torch.bfloat16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shell_packages(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("idlefx.__main__.load_model", lambda *_, **__: build("vit", depth=2))
+    command = ["convert", "--model", "vit", "--layers", "1", "--package"]
+    assert main([*command, str(tmp_path / "m.onnx"), "--batch", "2", "4"]) == 0
+    assert capsys.readouterr().out.strip().endswith("m.onnx") and (tmp_path / "m.onnx").exists()
+    for path, more, words in [
+        ("m.txt", [], "must end in .pt2"),
+        ("none/m.pt2", [], "name a file in a directory that exists"),
+        ("m.pt2", ["--device", "cuda:77"], "device: cannot use cuda:77"),
+        ("m.pt2", ["--batch", "4", "2"], "batch must be the fewest and the most images"),
+    ]:
+        assert main([*command, str(tmp_path / path), *more]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and words in error and "Traceback" not in error
