@@ -18,6 +18,7 @@ from idlefx.artifacts import check_path
 from idlefx.campaign import Campaign, add_options
 from idlefx.data import Glyphs
 from idlefx.devices import DTYPES
+from idlefx.emission import check_directory
 from idlefx.errors import IdleFxError
 from idlefx.files import whole_file
 from idlefx.inputs import call, guess_inputs
@@ -49,6 +50,8 @@ def _inspect(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     if options.package:
         check_path(options.package)
+    if options.emit:
+        check_directory(options.emit)
     with whole_file(options.save) if options.save else nullcontext() as partial:
         model = _model(options)
         example = _example(options, model)
@@ -58,9 +61,15 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"\nKeeping all tokens gives the dense model's output, largest difference {same:.2g}.")
         if partial:
             safetensors.torch.save_model(idle, str(partial))
+    packaged: dict[str, Any] = {
+        "device": options.device,
+        "dtype": getattr(torch, options.dtype) if options.dtype else None,
+        "batch": tuple(options.batch),
+    }
     if options.package:
-        dtype = getattr(torch, options.dtype) if options.dtype else None
-        print(idlefx.package(idle, options.package, device=options.device, dtype=dtype, batch=tuple(options.batch)))
+        print(idlefx.package(idle, options.package, **packaged))
+    if options.emit:
+        print(idlefx.emit(idle, options.emit, model=options.model, **packaged))
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -158,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--save", metavar="FILE", help="write the weights, safetensors")
     convert.add_argument("--times", metavar="FILE", help="predict times from what `bench --table` wrote")
     convert.add_argument("--package", metavar="FILE", help="write an artifact, .pt2 or .onnx, and print its path")
+    convert.add_argument("--emit", metavar="DIR", help="write artifact, weights, plan, report and a fine-tuning script")
     convert.add_argument("--device", help="where the artifact is to run, if not where the model is")
     convert.add_argument("--dtype", choices=DTYPES, help="number type of the artifact, if not the model's")
     convert.add_argument("--batch", type=int, nargs=2, default=[1, 1024], metavar=("MIN", "MAX"), help="its images")

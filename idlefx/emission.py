@@ -75,11 +75,21 @@ def emit(
     return Path(directory)
 
 
+def check_directory(path: str | Path) -> None:
+    """Refuse what is there already.
+
+    Raises:
+        InputError: It is a file, or a directory with something in it.
+    """
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"emit: {target} is there already; name a directory that is not")
+
+
 @contextmanager
 def _whole_directory(target: Path) -> Iterator[Path]:
     """A directory to write into that takes the place of `target` once the block has succeeded."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"emit: {target} is there already; name a directory that is not")
+    check_directory(target)
     partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -17,7 +17,9 @@ EXAMPLE = {
     "epochs": 1, "batch_size": 128, "lr": 3e-4, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0, "workers": 0,
 }  # fmt: skip
 
-DECISIVE = ("model", "layers", "keep", "schedule", "selector", "reselect", "multiple_of", "batch_size", "augment", "erase")
+DECISIVE = (
+    "model", "layers", "keep", "schedule", "selector", "reselect", "multiple_of", "batch_size", "augment", "erase",
+)  # fmt: skip
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
