@@ -18,8 +18,8 @@ from idlefx.anchors import find_cores
 from idlefx.backend import compile_graph
 from idlefx.blocks import find_blocks
 from idlefx.breaks import Part, forget, part_of
-from idlefx.errors import IdleFxError, InputError, PlanError
-from idlefx.lifted import free_sizes, has_one_image, lift, lower
+from idlefx.errors import CaptureError, IdleFxError, InputError, PlanError
+from idlefx.lifted import autocast_line, free_sizes, has_one_image, lift, lower
 from idlefx.pipeline import rewrite, spell
 from idlefx.planning import make_plan
 from idlefx.records import BlockTable, Plan
@@ -109,6 +109,10 @@ def _with_idling(given: fx.GraphModule, inputs: list[Any], options: Options) -> 
     spelled = spell(original)
     if not find_cores(spelled.graph):
         return given
+    if line := autocast_line(given):
+        raise CaptureError(
+            f"capture: the model switches autocast inside its forward (at {line}); switch it around the call instead"
+        )
     if sizes := free_sizes(given):
         for size in sizes:
             int(size)  # One size of the image for each compilation, as tokens are counted.

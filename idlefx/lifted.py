@@ -39,8 +39,6 @@ def lower(given: fx.GraphModule) -> fx.GraphModule:
     try:
         with mode or torch.no_grad(), preserve_node_meta(), enable_python_dispatcher():
             traced = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
-    except CaptureError:
-        raise
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise CaptureError(f"capture: cannot trace the graph that torch.compile found: {what}") from error
@@ -92,6 +90,15 @@ def has_one_image(given: fx.GraphModule) -> bool:
     return any(len(shape) > 1 and not isinstance(shape[0], torch.SymInt) and shape[0] == 1 for shape in _shapes(given))
 
 
+def autocast_line(given: fx.GraphModule) -> str:
+    """The user's line at which the graph switches autocast to something else, if it does."""
+    for node in given.graph.find_nodes(op="call_function", target=_ENTER):
+        device, _, enabled, *_ = node.args
+        if enabled or torch.is_autocast_enabled(device):
+            return source_line(node.next)
+    return ""
+
+
 def is_state(holder: fx.Node) -> bool:
     """Whether an input of a Dynamo graph is a tensor of a module: a parameter, a buffer or a plain attribute."""
     origin = getattr(getattr(holder, "_dynamo_source", None), "guard_source", None)
@@ -113,34 +120,33 @@ def _path(name: str) -> str:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a Dynamo graph, and keeps switches of gradients and autocast out of the trace, where passes would lose them.
+    """Runs a Dynamo graph and keeps its switches out of the trace, where passes would lose them.
 
-    1. What is computed without gradients is detached.
-    2. Autocast that changes nothing is left out; where it would change something, the trace is refused.
+    1. What was computed without gradients is detached where it is read with gradients.
+    2. Autocast is not switched; see `autocast_line`.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.with_gradients = True
+        self.without_gradients: list[fx.Node] | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node of the graph."""
         if n.target is _SET_GRAD:
-            self.with_gradients = bool(n.args[0])
+            self._set_gradients(bool(n.args[0]))
             return None
-        if n.target is _EXIT:
+        if n.target in (_ENTER, _EXIT):
             return None
-        if n.target is _ENTER:
-            return self._enter_autocast(n)
-        found = super().run_node(n)
-        if self.with_gradients or n.op in ("placeholder", "output"):
-            return found
-        return tree_map_only(torch.Tensor, lambda t: t.detach() if t.requires_grad else t, found)
+        if self.without_gradients is not None:
+            self.without_gradients.append(n)
+        return super().run_node(n)
 
-    def _enter_autocast(self, node: Call) -> None:
-        device, _, enabled, *_ = node.args
-        if enabled or torch.is_autocast_enabled(device):
-            raise CaptureError(
-                f"capture: the model switches autocast inside its forward (at {source_line(node)}); switch it around "
-                "the call of the model instead"
-            )
+    def _set_gradients(self, on: bool) -> None:
+        for node in self.without_gradients or []:
+            if node in self.env:  # it is still to be read
+                self.env[node] = tree_map_only(torch.Tensor, _detached, self.env[node])
+        self.without_gradients = None if on else []
+
+
+def _detached(value: torch.Tensor) -> torch.Tensor:
+    return value.detach() if value.requires_grad else value

@@ -15,7 +15,8 @@ from idlefx.walk import Walk, argument
 
 aten = torch.ops.aten
 _ROWWISE = (aten.layer_norm.default, aten.rms_norm.default, aten.linear.default, aten.dropout.default,
-            aten.contiguous.default, aten.clone.default, aten.to.dtype, aten._to_copy.default)  # fmt: skip
+            aten.contiguous.default, aten.clone.default, aten.detach.default, aten.to.dtype,
+            aten._to_copy.default)  # fmt: skip
 
 
 def prefix_positions(flow: nx.DiGraph, stream: fx.Node, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> tuple[int, ...]:
