@@ -174,3 +174,12 @@ def test_artifact_that_is_off_is_refused_and_not_left_behind(packaged, tmp_path,
     refused(idlefx.PassError, "packaged model differs", idlefx.package, other, tmp_path / "vit.pt2")
     assert not list(tmp_path.iterdir())
     assert idlefx.package(other, tmp_path / "vit.pt2", verify=False).exists()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_artifact_in_half_the_bits_agrees(tmp_path):
+    idle, x = idlefx.convert(build("vit", depth=2), [1], 0.5), images(build("vit"), 8)
+    found = idlefx.load(idlefx.package(idle, tmp_path / "vit.pt2", dtype=torch.bfloat16))(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert ((found.float() - idle(x)).norm(dim=1) / idle(x).norm(dim=1)).median() < 2e-2
