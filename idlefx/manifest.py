@@ -30,8 +30,6 @@ def manifest_of(portable: Portable) -> dict[str, Any]:
         and most images; `image_size`, `device`, `dtype`, `machine`, `plan`, `versions`; `arguments` and `result`
         as `idlefx.structures` describes them.
     """
-    from idlefx import __version__  # the package imports this file
-
     facts = portable.idle.meta["idlefx"]
     images = max(portable.tensors, key=torch.numel)
     classes = facts.get("classes")
