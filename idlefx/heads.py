@@ -7,6 +7,7 @@
 3. What is computed on all tokens bears the name of what it stands for, so that a later pass need not compute it again.
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Head:
         return {"prefix": self.block.prefix, "block": self.block.index}[name]
 
     def _query(self, selector: str) -> fx.Node:
-        position, entry = self.block.class_token, self.opened.entry
+        position = self.block.class_token
         if position is None or selector == "mean":
             return self.emit(
                 ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.block.prefix, 2, name="query"
@@ -83,11 +84,17 @@ class Head:
         if self._is_nested():
             everyone = self._heads(self.all_tokens, keys=False)
             return self.emit(aten.slice.Tensor, everyone, 2, position, position + 1, name="query")
-        dims = (self.block.token_dim, self.block.batch_dim)
-        token = self.emit(aten.slice.Tensor, entry, dims[0], position, position + 1, name="class_token")
-        index = self.emit(ops.fixed_tokens, entry, (position,), dims[1], name="class_index")
+        return self._heads(self._class_token, keys=False)
+
+    @cached_property
+    def _class_token(self) -> Rebuilder:
+        """Copies nodes of the block onto the class token alone."""
+        position, entry, dim = self.block.class_token, self.opened.entry, self.block.token_dim
+        assert position is not None
+        token = self.emit(aten.slice.Tensor, entry, dim, position, position + 1, name="class_token")
+        index = self.emit(ops.fixed_tokens, entry, (position,), self.block.batch_dim, name="class_index")
         alone = Subset(index, (position,), (), 0)
-        return self._heads(Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_"), keys=False)
+        return Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_")
 
     def _is_nested(self) -> bool:
         """Whether an attention stands in front of another's query, which then needs all tokens and not its own."""
@@ -165,19 +172,16 @@ class Head:
         return self.emit(aten.flatten.using_ints, node, 1, rank - 3, name="heads") if rank > 4 else node
 
     def _affine(self, selector: str) -> fx.Node:
-        total = None
+        sums = []
         for core in self.opened.cores:
             query, key = self.projections(core)
             given, weight, bias = self.weights(query)
-            one = self._one_token(self.all_tokens(given), self._token_dim(query), selector)
+            one = self._one_token(given, self._token_dim(query), selector)
             one = self.emit(aten.linear.default, one, weight, bias, name="query")
             _, weight, _ = self.weights(key)
-            scaled = self.emit(aten.div.Tensor, one, self.head_count, name="scaled")
-            direction = self.emit(aten.matmul.default, scaled, weight, name="direction")
-            column = self.emit(aten.unsqueeze.default, direction, 2, name="column")
-            dots = self.emit(aten.matmul.default, self.tokens(key), column, name="dots")
-            total = dots if total is None else self.emit(aten.add.Tensor, total, dots, name="sum")
-        return self.emit(aten.squeeze.dim, total, 2, name="scores")
+            direction = self.emit(aten.matmul.default, one, weight, name="direction")
+            sums.append(self.emit(ops.score_tokens, self.tokens(key), direction, name="sums"))
+        return self.emit(ops.mean_over_heads, sums, self.head_count, name="scores")
 
     @property
     def head_count(self) -> int:
@@ -198,8 +202,12 @@ class Head:
     def _token_dim(self, rows: Projection) -> int:
         return [dim[0].role for dim in self.walk[rows.linear]].index("tokens")
 
-    def _one_token(self, tokens: fx.Node, dim: int, selector: str) -> fx.Node:
-        if selector == "class":
-            return self.emit(aten.select.int, tokens, dim, self.block.class_token, name="class_token")
-        mean = self.emit(ops.mean_tokens, tokens, self.block.prefix, dim, name="mean")
-        return self.emit(aten.squeeze.dim, mean, dim, name="mean_token")
+    def _one_token(self, given: fx.Node, dim: int, selector: str) -> fx.Node:
+        position = self.block.class_token
+        if selector != "class" or position is None:
+            one = self.emit(ops.mean_tokens, self.all_tokens(given), self.block.prefix, dim, name="mean")
+        elif self._is_nested():
+            one = self.emit(aten.slice.Tensor, self.all_tokens(given), dim, position, position + 1, name="one")
+        else:
+            one = self._class_token(given)
+        return self.emit(aten.squeeze.dim, one, dim, name="one_token")

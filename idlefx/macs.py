@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from idlefx import layouts as lay
+from idlefx import ops
 
 aten = torch.ops.aten
 
@@ -55,6 +56,7 @@ FORMULAS: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv2d.padding: _convolution,
     aten.conv3d.default: _convolution,
     aten.scaled_dot_product_attention.default: _attention,
+    ops.score_tokens: _product,
 }
 
 

@@ -1,0 +1,85 @@
+"""What Inductor generates for a GPU: an idling block costs a few small kernels, and copies nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def codes():
+    """The generated code by name; in a process of its own, which believes in a GPU."""
+    command = [sys.executable, str(Path(__file__).with_name("mock_cuda.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def launches(code: str) -> list[str]:
+    """Names of the Triton kernels, in the order they run."""
+    return re.findall(r"(triton_\w+)\.run\(", code)
+
+
+def calls(code: str) -> list[str]:
+    """Library calls, in the order they run."""
+    return re.findall(r"(extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", code.rpartition("def call(")[2])
+
+
+def block(code: str) -> str:
+    """What runs from the attention of the block in the middle to that of the last."""
+    return code.split("torch.ops.aten._scaled_dot_product_flash_attention.default(")[2]
+
+
+def kernels(code: str) -> dict[str, str]:
+    """The source of each kernel."""
+    return dict(re.findall(r"^def (triton_\w+)\((.*?)^'''", code, re.MULTILINE | re.DOTALL))
+
+
+def faults(code: str) -> list[str]:
+    """What an idling block must not do on a GPU."""
+    slow = r"sort|topk|scatter|index|gather|_local_scalar"
+    found = [f"calls {call}" for call in calls(code) if re.search(slow, call)]
+    found += [word for word in ("device_assert", "tl.atomic", ".item()") if word in code]
+    for name, source in kernels(code).items():
+        norms, chooses, activates = "rsqrt" in source, "sort_with_index" in source, "libdevice.erf" in source
+        if re.search(r"tl\.load\(in_ptr\d+ \+ \([^)]*\d\*tmp\d+", source) and not norms:
+            found.append(f"{name} takes tokens and does nothing else")
+        if re.search(r"tl\.store\(\w+ \+ \([^)]*\d\*tmp\d+", source):
+            found.append(f"{name} writes to scattered places")
+        if not (norms or chooses or activates) and "convolution" not in name:
+            found.append(f"{name} only moves or adds")
+    return found
+
+
+@pytest.mark.parametrize("name", ["idle", "idle, free batch"])
+def test_idling_block_has_a_few_small_kernels_more_than_a_dense_one(codes, name):
+    dense, idle = block(codes["dense"]), block(codes[name])
+    assert (len(launches(dense)), len(calls(dense))) == (3, 4)  # two norms and the activation, and the four layers
+    # The norm of the class token, the scores and the choice; the class token's query and what it looks for.
+    assert (len(launches(idle)), len(calls(idle))) == (3 + 3, 4 + 2)
+
+
+@pytest.mark.parametrize("name", ["idle", "idle, free batch"])
+def test_idling_block_takes_and_puts_tokens_where_it_norms_them_anyway(codes, name):
+    assert faults(codes[name]) == []
+
+
+def test_choice_is_one_kernel(codes):
+    source = kernels(codes["idle"])
+    choosing = [source[name] for name in launches(block(codes["idle"])) if "sort_with_index" in source[name]]
+    assert len(choosing) == 1
+    assert choosing[0].count("tl.store") == 2  # who works, and where everyone stands among them
+
+
+def test_gradients_are_put_back_and_not_accumulated(codes):
+    assert "tl.atomic" not in codes["gradients"]
+    assert calls(codes["gradients"]) == []
+
+
+def test_careless_spelling_is_noticed(codes):
+    found = " ".join(faults(codes["careless"]))
+    for fault in ("calls torch.ops.aten.topk", "device_assert", "takes tokens", "scattered places", "only moves"):
+        assert fault in found
