@@ -1,7 +1,7 @@
 """Give every idling block a selector head: scores of all tokens, and the positions of those that work.
 
-1. A step that idles gets `idle_<block>_scores` (B, N), `idle_<block>_order` (B, N), in which those that work come first,
-   and `idle_<block>_index` (B, P + K), which is that first part.
+1. A step that idles gets `idle_<block>_scores` (B, N), `idle_<block>_order` (B, N), in which those that work come
+   first, and `idle_<block>_index` (B, P + K), which is that first part.
 2. If the plan lets no token return, the choice is made among the tokens that worked in the idling block before.
 3. Nothing reads the positions yet, so nothing changes.
 """

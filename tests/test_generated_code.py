@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton")
+
 
 @pytest.fixture(scope="module")
 def codes():
@@ -44,7 +46,8 @@ def faults(code: str) -> list[str]:
     found = [f"calls {call}" for call in calls(code) if re.search(slow, call)]
     found += [word for word in ("device_assert", "tl.atomic", ".item()") if word in code]
     for name, source in kernels(code).items():
-        norms, chooses, activates = "rsqrt" in source, "sort_with_index" in source, "libdevice.erf" in source
+        chooses, activates = "sort_with_index" in source, "libdevice.erf" in source
+        norms = "rsqrt" in source or ("layer_norm" in name and "welford" in source)  # or a norm's first half
         if re.search(r"tl\.load\(in_ptr\d+ \+ \([^)]*\d\*tmp\d+", source) and not norms:
             found.append(f"{name} takes tokens and does nothing else")
         if re.search(r"tl\.store\(\w+ \+ \([^)]*\d\*tmp\d+", source):
