@@ -6,7 +6,6 @@ token cut loss; and by token score. Every result is kept as soon as it is there;
 
 import argparse
 import json
-from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -123,7 +122,7 @@ def _shares(kept: Tensor, on: Tensor) -> tuple[float, float]:
 def told(values: Iterable[float]) -> str:
     """Mean and standard deviation."""
     values = list(values)
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 Results = list[dict[str, Any]]
@@ -132,7 +131,7 @@ STYLE: dict[str, Any] = {"tablefmt": "github", "disable_numparse": True}
 
 def tables(results: Results) -> str:
     """Accuracy by keep ratio, by score and by weight of the cut loss, and what is looked at, as Markdown."""
-    dense = f"Dense: {results[0]['dense']:.1f} %, {results[0]['dense_gmacs']:.4f} GMACs"
+    dense = f"Dense: {results[0]['dense']:.2f} %, {results[0]['dense_gmacs']:.4f} GMACs"
     if tuned := find(results, PUBLISHED, 1.0, DENSE):
         dense += f"; after the same fine-tune {told(r['tuned'] for r in tuned)} %"
     return "\n\n".join([f"{dense}.", ratios(results), scores(results), weights(results), looks(results)]) + "\n"
@@ -153,7 +152,7 @@ def ratios(results: Results) -> str:
             if all(found):
                 idle, _, pruned = found
                 ratio = idle[0]["dense_gmacs"] / idle[0]["idle_gmacs"]
-                untuned = [f"{each[0]['untuned']:.1f}" for each in (idle, pruned)]
+                untuned = [f"{each[0]['untuned']:.2f}" for each in (idle, pruned)]
                 tuned = [told(r["tuned"] for r in each) for each in found]
                 rows.append((" ".join(map(str, layers)), keep, f"{ratio:.2f}", *untuned, *tuned))
     head = [
@@ -197,27 +196,27 @@ def looks(results: Results) -> str:
     return tabulate(rows, ["on the glyph / off it", *(f"block {block}" for block in EARLY)], **STYLE)
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Accuracy over multiply-adds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    curves = {"idle, tuned": ("idle", "tuned"), "idle, tuned with the cut loss": ("idle, cut loss", "tuned"),
-              "pruned, tuned": ("pruned", "tuned"), "idle, untuned": ("idle", "untuned"),
-              "pruned, untuned": ("pruned", "untuned")}  # fmt: skip
-    for (name, (method, when)), colour in zip(curves.items(), ("C0", "C2", "C1", "C0", "C1"), strict=True):
-        points = defaultdict(list)
-        for result in results:
-            if (tuple(result["layers"]), result["method"], result["selector"]) == (PUBLISHED, method, "auto"):
-                points[result["idle_gmacs"] * 1e3].append(result[when])
-        xs = sorted(points)
-        spread = [stdev(points[x]) if len(points[x]) > 1 else 0 for x in xs]
-        line = "--" if when == "untuned" else "-"
-        axes.errorbar(xs, [mean(points[x]) for x in xs], spread, fmt=f"o{line}", ms=4, c=colour, capsize=3, label=name)
-    axes.plot(results[0]["dense_gmacs"] * 1e3, results[0]["dense"], "k*", ms=10, label="dense")
-    axes.set(xlabel="million multiply-adds per image", ylabel="top-1 accuracy, %")
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(8.8, 3.8), layout="constrained")
+    lines = {
+        "idle, tuned": ("idle", "tuned", "C0o-"), "tuned with the cut loss": ("idle, cut loss", "tuned", "C2o-"),
+        "pruned, tuned": ("pruned", "tuned", "C1o-"), "idle, untuned": ("idle", "untuned", "C0o--"),
+        "pruned, untuned": ("pruned", "untuned", "C1o--"),
+    }  # fmt: skip
+    for axes, layers in zip(figure.subplots(1, 2), (PUBLISHED, EARLY), strict=True):
+        for name, (method, when, style) in lines.items():
+            points = [found for keep in KEEPS if (found := find(results, layers, keep, method))]
+            values = [[run[when] for run in found] for found in points]
+            spread = [stdev(each) if len(each) > 1 else 0.0 for each in values]
+            gmacs = [found[0]["idle_gmacs"] * 1e3 for found in points]
+            axes.errorbar(gmacs, [*map(mean, values)], spread, fmt=style, ms=4, capsize=3, label=name)
+        axes.plot(results[0]["dense_gmacs"] * 1e3, results[0]["dense"], "k*", ms=10, label="dense")
+        axes.set(xlabel="million multiply-adds per image", ylabel="top-1 accuracy, %")
+        axes.set_title(f"stages open at blocks {', '.join(map(str, layers))}", size=9)
+        axes.grid(alpha=0.3)
     axes.legend()
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
