@@ -34,6 +34,7 @@ class Options:
     schedule: str = "stages"
     selector: str = "auto"
     reselect: bool = True
+    multiple_of: int = 1
     prefix: int | Sequence[int] | None = None
 
 
@@ -50,7 +51,8 @@ def compile_idle(
     Args:
         given: The graph that Dynamo found.
         inputs: What it is called with.
-        options: `layers`, `keep`, `schedule`, `selector`, `reselect` and `prefix`, as `convert` takes them.
+        options: `layers`, `keep`, `schedule`, `selector`, `reselect`, `multiple_of` and `prefix`, as `convert` takes
+            them.
         mode: Inductor's; not taken beside options.
         **others: What else torch.compile was given for a backend; nothing of it is known here.
 
@@ -134,7 +136,7 @@ def _with_idling(given: fx.GraphModule, inputs: list[Any], options: Options) -> 
 
 def _plan(blocks: BlockTable, options: Options) -> Plan:
     o = options
-    return make_plan(blocks, o.layers, o.keep, o.schedule, o.selector, o.reselect)
+    return make_plan(blocks, o.layers, o.keep, o.schedule, o.selector, o.reselect, o.multiple_of)
 
 
 def _plan_for(part: Part, blocks: BlockTable, options: Options) -> Plan:

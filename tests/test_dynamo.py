@@ -1,5 +1,7 @@
 """The backend idlefx of torch.compile: as convert does it; not for half a model; refusals keep their words."""
 
+import dataclasses
+import inspect
 import re
 
 import pytest
@@ -127,6 +129,13 @@ def test_own_selector_is_used(graphs):
     found = compiled(model, options)(x)
     assert torch.allclose(found, idlefx.convert(model, **options)(x), atol=1e-5)
     assert not torch.allclose(found, idlefx.convert(model, **OPTIONS)(x), atol=1e-2)
+
+
+def test_options_are_those_of_convert(graphs):
+    known = {each.name for each in dataclasses.fields(dynamo.Options)}
+    assert known == inspect.signature(idlefx.convert).parameters.keys() - {"model", "example_inputs", "copy"}
+    model, options, x = build("vit"), {**OPTIONS, "multiple_of": 8}, torch.randn(2, 3, 48, 48)
+    assert torch.allclose(compiled(model, options)(x), idlefx.convert(model, **options)(x), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:a graph break")
