@@ -19,7 +19,7 @@ from idlefx.campaign import Campaign, add_options
 from idlefx.data import Glyphs
 from idlefx.devices import DTYPES
 from idlefx.emission import check_directory
-from idlefx.errors import IdleFxError
+from idlefx.errors import IdleFxError, InputError
 from idlefx.files import whole_file
 from idlefx.inputs import call, guess_inputs
 from idlefx.models import load_model
@@ -48,6 +48,10 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    given = {"device": options.device, "dtype": options.dtype, "batch": options.batch}
+    packaged = {key: value for key, value in given.items() if value is not None}
+    if packaged and not (options.package or options.emit):
+        raise InputError(f"convert: --{' and --'.join(packaged)} are for an artifact: add --package or --emit")
     if options.package:
         check_path(options.package)
     if options.emit:
@@ -61,11 +65,8 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"\nKeeping all tokens gives the dense model's output, largest difference {same:.2g}.")
         if partial:
             safetensors.torch.save_model(idle, str(partial))
-    packaged: dict[str, Any] = {
-        "device": options.device,
-        "dtype": getattr(torch, options.dtype) if options.dtype else None,
-        "batch": tuple(options.batch),
-    }
+    if options.dtype:
+        packaged["dtype"] = getattr(torch, options.dtype)
     if options.package:
         print(idlefx.package(idle, options.package, **packaged))
     if options.emit:
@@ -170,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--emit", metavar="DIR", help="write artifact, weights, plan, report and a fine-tuning script")
     convert.add_argument("--device", help="where the artifact is to run, if not where the model is")
     convert.add_argument("--dtype", choices=DTYPES, help="number type of the artifact, if not the model's")
-    convert.add_argument("--batch", type=int, nargs=2, default=[1, 1024], metavar=("MIN", "MAX"), help="its images")
+    convert.add_argument("--batch", type=int, nargs=2, metavar=("MIN", "MAX"), help="images of a call; 1 to 1024")
     convert.set_defaults(command=_convert)
 
     timing = commands.add_parser("bench", parents=[weights, choice], help="time dense against idling")
