@@ -154,6 +154,11 @@ def _flat(idle: IdleModule, example: Inputs) -> tuple[fx.GraphModule, Structure,
     names, in_spec, out_spec = codegen.pytree_info
     assert out_spec is not None
     results: list[Any] = tree_leaves(out.args)
+    if sizes := [leaf for leaf in results if isinstance(leaf, fx.Node) and value(leaf) is None]:
+        raise InputError(
+            f"package: the output holds `{sizes[0]}`, a number that follows the batch; wrap the model so that it "
+            "returns tensors and constants only"
+        )
     args, kwargs = tree_unflatten(numbered(leaves, torch.Tensor), in_spec)
     result = tree_unflatten(numbered(results, fx.Node), out_spec)
 

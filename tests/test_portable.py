@@ -101,6 +101,23 @@ def test_what_is_not_plain_is_refused():
         describe({"odd": Odd(object())}, "output")
 
 
+class Counting(torch.nn.Module):
+    """Tells how many images there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = build("vit", depth=2)
+
+    def forward(self, x):
+        return self.vit(x), x.shape[0]
+
+
+def test_a_number_that_follows_the_batch_is_refused():
+    idle = idlefx.convert(Counting().eval(), [1], 0.5, example_inputs=torch.randn(2, 3, 48, 48))
+    with pytest.raises(idlefx.InputError, match="a number that follows the batch; wrap the model"):
+        artifact(idle)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vit", "registers_map", "hand_written_gap"])
 def test_a_moved_copy_computes_in_its_type_and_leaves_the_model_alone(name):
