@@ -5,6 +5,7 @@ tokens through them, `prefix` tells which tokens are not of the image.
 """
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -160,7 +161,10 @@ def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:
 
 
 def _given(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
-    positions = tuple(range(prefix)) if isinstance(prefix, int) else tuple(sorted(set(prefix)))
+    try:
+        positions = tuple(sorted(set(map(operator.index, prefix if isinstance(prefix, Iterable) else range(prefix)))))
+    except TypeError as error:
+        raise InputError(f"blocks: prefix={prefix!r} is neither a number of leading tokens nor positions") from error
     if not all(0 <= p < tokens for p in positions) or len(positions) >= tokens:
         raise InputError(f"blocks: prefix={prefix} does not fit {tokens} tokens; give their number or their positions")
     return positions

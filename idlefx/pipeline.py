@@ -1,7 +1,7 @@
 """The story: capture a model, find its blocks, make a plan, run the passes."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -75,8 +75,8 @@ def convert(
         "origin": _origin(model),
         "guessed": example_inputs is None,
         "call": {
-            "layers": list(layers), "keep": keep, "schedule": schedule, "selector": selector, "reselect": reselect,
-            "prefix": prefix, "multiple_of": multiple_of,
+            "layers": list(layers), "keep": _plain(keep, float), "schedule": schedule, "selector": selector,
+            "reselect": reselect, "prefix": _plain(prefix, int), "multiple_of": multiple_of,
         },
     }  # fmt: skip
     return IdleModule(evaluation, training, facts).train(captured.training)
@@ -152,6 +152,13 @@ def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.Graph
         verify(module, promise, step.__name__)
     module.recompile()
     return module
+
+
+def _plain(given: Any, kind: Callable[[Any], Any]) -> Any:
+    """A number, or several, of any library, as Python has them."""
+    if given is None:
+        return None
+    return [kind(each) for each in given] if isinstance(given, Iterable) else kind(given)
 
 
 def _origin(model: nn.Module) -> str:
