@@ -9,7 +9,7 @@ import torch._inductor
 from torch import fx
 
 from idlefx.errors import ArtifactError, InputError, first_line
-from idlefx.module import IdleModule
+from idlefx.module import IdleModule, check_converted
 from idlefx.parity import check_parity
 
 
@@ -28,8 +28,10 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
         A module that is called like `idle`.
 
     Raises:
+        InputError: The model was not converted.
         PassError: The compiled model does not compute what the eager one does.
     """
+    check_converted(idle)
     compiled = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
     if verify and not idle.training:
         check_parity(idle, compiled, "compiled")

@@ -11,6 +11,7 @@ from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import tree_leaves
 
+from idlefx.errors import InputError
 from idlefx.graph import by_name
 from idlefx.records import BlockTable, Plan
 from idlefx.tidy import adopt, owner_of
@@ -90,6 +91,16 @@ class IdleModule(fx.GraphModule):
             _place(copied, name, deepcopy(tensor, memo))
         adopt(copied, self)
         return copied
+
+
+def check_converted(model: object) -> None:
+    """Tell a converted model from any other.
+
+    Raises:
+        InputError: It was not converted.
+    """
+    if not isinstance(model, IdleModule):
+        raise InputError(f"model: a {type(model).__name__} was not converted; give what idlefx.convert returns")
 
 
 class _Listing(nn.Module):

@@ -15,7 +15,7 @@ from idlefx import layouts as lay
 from idlefx.devices import present
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.graph import output_of, placeholders, value
-from idlefx.module import IdleModule
+from idlefx.module import IdleModule, check_converted
 from idlefx.parity import Inputs, example_of
 from idlefx.structures import Structure, describe, numbered, tensor_names
 
@@ -100,6 +100,7 @@ def port(
         InputError: The batch is no range, or inputs or outputs are not plain.
         ArtifactError: The model, traced elsewhere, does not run on that device or in that type.
     """
+    check_converted(idle)
     moved = _moved(idle, device, dtype)
     fewest, most = batch = _range(batch) if idle.meta["idlefx"]["batch_free"] else _only(moved)
     example = example_of(moved, max(fewest, min(2, most)))
