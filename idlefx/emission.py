@@ -3,27 +3,31 @@
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import safetensors.torch
+import torch
 from matplotlib import cbook
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from idlefx.artifacts import package
-from idlefx.errors import InputError
+from idlefx.errors import InputError, PassError, first_line
 from idlefx.inputs import EXAMPLE_BATCH, guess_inputs
 from idlefx.models import load_model
-from idlefx.module import IdleModule
+from idlefx.module import IdleModule, check_converted
+from idlefx.parity import check_parity, example_of
 from idlefx.photos import MODES, Photo
 from idlefx.picture import draw
 from idlefx.pipeline import convert
 from idlefx.report import report
-from idlefx.selectors import find_selector
+from idlefx.selectors import AUTO, find_selector
 from idlefx.versions import VERSION, versions
 
 ARTIFACT, PLAN, WEIGHTS, REPORT, PICTURE, SCRIPT = (
@@ -61,15 +65,16 @@ def emit(
         InputError: The directory cannot be written or is not empty, the model cannot be made again, an option is wrong.
         PassError: The artifact does not compute what the model does.
     """
+    check_converted(idle)
     with _whole_directory(Path(directory)) as partial:
         facts = idle.meta["idlefx"]
         name = model or facts["origin"]
         safetensors.torch.save_model(idle, str(partial / WEIGHTS))
-        making = _made_again(name, partial / WEIGHTS, facts)
+        making = _made_again(name, partial / WEIGHTS, idle)
         package(idle, partial / ARTIFACT, **options)
         told = {"model": name, **facts["call"], "blocks": [asdict(step) for step in idle.plan], "versions": versions()}
         (partial / PLAN).write_text(json.dumps(told, indent=2) + "\n")
-        (partial / SCRIPT).write_text(_script(name, making, facts))
+        (partial / SCRIPT).write_text(_script(name, making, facts, options))
         pictured = _draw(idle, images, partial / PICTURE)
         (partial / REPORT).write_text(_report(idle, name, pictured))
     return Path(directory)
@@ -81,7 +86,7 @@ def check_directory(path: str | Path) -> None:
     Raises:
         InputError: It is a file, or a directory with something in it.
     """
-    target = Path(path)
+    target = Path(path).resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"emit: {target} is there already; name a directory that is not")
 
@@ -90,6 +95,7 @@ def check_directory(path: str | Path) -> None:
 def _whole_directory(target: Path) -> Iterator[Path]:
     """A directory to write into that takes the place of `target` once the block has succeeded."""
     check_directory(target)
+    target = target.resolve()  # `.` has no name, and a link is none to be replaced
     partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -102,16 +108,25 @@ def _whole_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _made_again(name: str, weights: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The options of `load_model` that make a model of these weights and inputs again."""
+def _made_again(name: str, weights: Path, idle: IdleModule) -> dict[str, Any]:
+    """The options of `load_model` that make a model again that computes what this one did before it was converted."""
+    facts = idle.meta["idlefx"]
     side = facts["image_size"][-1]
     refusals = []
+    if name.startswith("__main__:"):  # which will be the script
+        raise InputError(
+            f"emit: {name} is defined in the program itself; move it into a module, which the script can import, and "
+            "name what makes it, model='package.module:callable'"
+        )
     for options in ({}, {"img_size": side}) if ":" not in name else ({},):
         try:
             made = load_model(name, checkpoint=weights, **options)
-            if not facts["guessed"] or _image_size(made) == tuple(facts["image_size"]):
+            if facts["guessed"] and _image_size(made) != tuple(facts["image_size"]):
+                refusals.append(f"its images are {_image_size(made)} instead of {tuple(facts['image_size'])}")
+            elif not _same(made, idle):
+                refusals.append("with the same weights it computes something else")
+            else:
                 return options
-            refusals.append(f"its images are {_image_size(made)} instead of {tuple(facts['image_size'])}")
         except InputError as error:
             refusals.append(str(error))
     raise InputError(
@@ -120,16 +135,30 @@ def _made_again(name: str, weights: Path, facts: dict[str, Any]) -> dict[str, An
     )
 
 
+def _same(made: nn.Module, idle: IdleModule) -> bool:
+    """Whether a model computes what another did before it was converted."""
+    source, _ = idle.meta["idlefx"]["sources"][False]
+    args, kwargs = example_of(idle)
+    image = max((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), key=Tensor.numel)
+    dense = fx.GraphModule(idle, deepcopy(source))
+    try:
+        check_parity(dense, made.to(image.device, image.dtype), "other", (args, kwargs))
+    except PassError:
+        return False
+    except Exception as error:  # a model raises what it likes
+        raise InputError(f"it does not run: {first_line(error)}") from error
+    return True
+
+
 def _image_size(model: nn.Module) -> tuple[int, ...]:
     size: tuple[int, ...] = guess_inputs(model)[1]["image_size"]
     return size
 
 
-def _script(name: str, making: dict[str, Any], facts: dict[str, Any]) -> str:
-    defaults = {key: parameter.default for key, parameter in inspect.signature(convert).parameters.items()}
-    call = {key: value for key, value in facts["call"].items() if value != defaults[key]}
+def _script(name: str, making: dict[str, Any], facts: dict[str, Any], options: dict[str, Any]) -> str:
+    selector = facts["call"]["selector"]
     size = ", ".join(map(str, (EXAMPLE_BATCH, *facts["image_size"])))
-    imports = _home_of(find_selector(call["selector"]).function) if "selector" in call else ""
+    imports = "" if selector == AUTO else _home_of(find_selector(selector).function)
     return Template(TEMPLATE.read_text()).substitute(
         model=name,
         version=VERSION,
@@ -139,8 +168,16 @@ def _script(name: str, making: dict[str, Any], facts: dict[str, Any]) -> str:
         weights=WEIGHTS,
         img_size="".join(f", {key}={value!r}" for key, value in making.items()),
         example=None if facts["guessed"] else f"torch.randn({size}, device=world.device)",
-        call=", ".join(f"{key}={value!r}" for key, value in call.items()),
+        call=_arguments(facts["call"], convert),
+        options="".join(f", {each}" for each in [_arguments(options, package)] if each),
     )
+
+
+def _arguments(given: Mapping[str, Any], function: Callable[..., Any]) -> str:
+    """Keyword arguments as a script spells them, without those that are the default of the function."""
+    defaults = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
+    plain = {key: str(value) if isinstance(value, torch.device) else value for key, value in given.items()}
+    return ", ".join(f"{key}={value!r}" for key, value in plain.items() if value != defaults.get(key))
 
 
 def _home_of(score: Callable[..., Any]) -> str:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import colours
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -100,6 +101,42 @@ def test_a_model_that_the_script_could_not_make_again_is_refused(quick, tmp_path
     with pytest.raises(InputError, match=r"could not make this model again .* model='package.module:callable'"):
         idlefx.emit(converted(), tmp_path / "vit", model="idlefx.models:glyph_vit")
     assert not (tmp_path / "vit").exists()
+
+
+def test_a_model_that_computes_something_else_with_these_weights_is_refused(quick, tmp_path):
+    import timm
+
+    idle = idlefx.convert(timm.create_model("test_vit", num_heads=4).eval(), **CALL)
+    with pytest.raises(InputError, match=r"again as test_vit: with the same weights it computes something else"):
+        idlefx.emit(idle, tmp_path / "vit")
+    with pytest.raises(InputError, match=r"__main__:vit is defined in the program itself; move it into a module"):
+        idlefx.emit(converted(), tmp_path / "vit", model="__main__:vit")
+
+
+def test_numbers_of_another_library_end_up_as_plain_ones(quick, tmp_path):
+    idle = idlefx.convert(colours.vit(), [1], np.float32(0.5), prefix=np.arange(1))
+    directory = idlefx.emit(idle, tmp_path / "vit", model="colours:vit")
+    assert "layers=[1], keep=0.5, prefix=[0], example" in (directory / "finetune.py").read_text()
+    assert json.loads((directory / "plan.json").read_text())["prefix"] == [0]
+
+
+def test_the_script_packages_as_it_was_packaged(quick, tmp_path):
+    options = {"dtype": torch.bfloat16, "batch": (1, 8), "device": torch.device("cpu")}
+    script = (idlefx.emit(converted(), tmp_path / "vit", model="colours:vit", **options) / "finetune.py").read_text()
+    assert "\"tuned.pt2\", dtype=torch.bfloat16, batch=(1, 8), device='cpu')" in script
+
+
+def test_the_present_directory_will_do_if_it_is_empty(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    idlefx.emit(converted(), ".", model="colours:vit")
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_a_model_that_was_not_converted_is_refused(tmp_path):
+    dense = colours.vit()
+    for refuse in (idlefx.compile, lambda m: idlefx.package(m, tmp_path / "a.pt2"), lambda m: idlefx.emit(m, tmp_path)):
+        with pytest.raises(InputError, match="a VisionTransformer was not converted; give what"):
+            refuse(dense)
 
 
 def test_a_timm_model_names_itself(quick, tmp_path):
