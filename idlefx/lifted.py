@@ -95,7 +95,9 @@ def autocast_line(given: fx.GraphModule) -> str:
     for node in given.graph.find_nodes(op="call_function", target=_ENTER):
         device, _, enabled, *_ = node.args
         if enabled or torch.is_autocast_enabled(device):
-            return source_line(node.next)
+            while node.op != "output" and not node.stack_trace:  # Dynamo places what is inside, not the switch
+                node = node.next
+            return source_line(node)
     return ""
 
 
