@@ -51,7 +51,7 @@ def _convert(options: argparse.Namespace) -> None:
     given = {"device": options.device, "dtype": options.dtype, "batch": options.batch}
     packaged = {key: value for key, value in given.items() if value is not None}
     if packaged and not (options.package or options.emit):
-        raise InputError(f"convert: --{' and --'.join(packaged)} are for an artifact: add --package or --emit")
+        raise InputError(f"convert: no artifact is written for --{' and --'.join(packaged)}; add --package or --emit")
     if options.package:
         check_path(options.package)
     if options.emit:

@@ -86,3 +86,9 @@ def test_shell_packages(tmp_path, capsys, monkeypatch):
         assert main([*command, str(tmp_path / path), *more]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and words in error and "Traceback" not in error
+
+
+def test_options_of_an_artifact_are_refused_where_none_is_written(capsys):
+    arguments = ["convert", "--model", "test_vit", "--layers", "1", "--dtype", "bfloat16", "--batch", "1", "8"]
+    assert main(arguments) == 2
+    assert "no artifact is written for --dtype and --batch; add --package or --emit" in capsys.readouterr().err
