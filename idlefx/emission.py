@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ def _whole_directory(target: Path) -> Iterator[Path]:
     """A directory to write into that takes the place of `target` once the block has succeeded."""
     check_directory(target)
     target = target.resolve()  # `.` has no name, and a link is none to be replaced
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
