@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from idlefx.ends import class_count, tap
-from idlefx.errors import InputError
+from idlefx.errors import InputError, first_line
 from idlefx.files import whole_file
 from idlefx.module import IdleModule
 from idlefx.settings import Settings
@@ -129,10 +129,9 @@ def save(directory: Path, state: Mapping[str, Any], weights: nn.Module, told: Ma
             with whole_file(directory / name) as partial:
                 safetensors.torch.save_model(weights, str(partial), metadata=header)
     except (OSError, RuntimeError, safetensors.SafetensorError, InputError) as error:
-        first = str(error).strip().splitlines()[0]
         raise InputError(
-            f"checkpoint: cannot write into {directory}: {first}; the last whole checkpoint is still there: "
-            f"make room, then --resume {directory}"
+            f"checkpoint: cannot write into {directory}: {first_line(error)}; the last whole checkpoint is still "
+            f"there: make room, then --resume {directory}"
         ) from error
 
 
@@ -148,5 +147,5 @@ def load(directory: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"resume: cannot read {path}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"resume: cannot read {path}: {first_line(error)}") from error
     return state

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from idlefx.errors import first_line
 from idlefx.stopwatch import WARM_UP, Run, lacks_memory, peak_mib, race, reclaim, release
 from idlefx.timings import DENSE, EAGER, IDLE, Timing
 
@@ -104,4 +105,4 @@ def _reason(error: Exception, mode: str, name: str) -> str:
     if mode == EAGER and name in (DENSE, IDLE):
         raise error
     what = "fails" if mode == EAGER else "does not compile"
-    return f"it {what}, {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return f"it {what}, {type(error).__name__}: {first_line(error)}"

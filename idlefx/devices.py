@@ -5,7 +5,7 @@ import platform
 import torch
 from torch import Tensor
 
-from idlefx.errors import InputError
+from idlefx.errors import InputError, first_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,7 +19,7 @@ def present(device: str | torch.device) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise InputError(f"device: cannot use {device}: {str(error).partition(chr(10))[0]}") from error
+        raise InputError(f"device: cannot use {device}: {first_line(error)}") from error
     return torch.device(device)
 
 
@@ -34,7 +34,7 @@ def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
         x = torch.ones(1, 1, 8, 8, device=device, dtype=dtype)
         torch.nn.functional.scaled_dot_product_attention(x, x, torch.nn.functional.layer_norm(x @ x, (8,)))
     except RuntimeError as error:
-        reason = str(error).partition(chr(10))[0]
+        reason = first_line(error)
     if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
         reason = "it would be imitated in software"
     if reason:

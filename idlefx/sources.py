@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from idlefx.batches import Batches
 from idlefx.data import Glyphs
 from idlefx.ends import class_count, tap
-from idlefx.errors import InputError
+from idlefx.errors import InputError, first_line
 from idlefx.module import IdleModule
 from idlefx.photos import IMAGENET, MODES
 from idlefx.processes import World
@@ -104,8 +104,7 @@ def _open(source: Source, split: str, batch_size: int, seed: int, class_map: Any
     except ImportError as error:
         raise InputError(f"data: {source.name} needs a package: pip install {LIBRARIES[prefix]}") from error
     except Exception as error:  # every library refuses in its own way
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"data: cannot open split {split} of {source.name}: {first}") from error
+        raise InputError(f"data: cannot open split {split} of {source.name}: {first_line(error)}") from error
 
 
 def _classes(dataset: Any) -> dict[str, int]:
