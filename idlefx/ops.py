@@ -99,7 +99,7 @@ def take_tokens(x: Tensor, index: Tensor, dim: int = 1, batch_dim: int = 0) -> T
     full[batch_dim] = index.shape[0]
     x = x.expand(full)
     if {dim, batch_dim} == {0, 1}:
-        return _Take.apply(x, index, dim)
+        return _apply(_Take, x, index, dim)
     shape = list(full)
     shape[dim] = index.shape[1]
     where = index if batch_dim < dim else index.t()
@@ -132,7 +132,12 @@ def put_tokens(
         count = index.shape[1]
         place = torch.full((index.shape[0], x.shape[dim]), count, device=index.device)
         place = place.scatter(1, index, torch.arange(count, device=index.device).expand_as(index))
-    return _Put.apply(x, index, tokens.to(x.dtype), place, dim)
+    return _apply(_Put, x, index, tokens.to(x.dtype), place, dim)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Without the machinery for gradients where none is wanted: it takes longer than the tokens of one image."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
 
 
 class _Take(torch.autograd.Function):
