@@ -21,6 +21,10 @@ def _product(node: fx.Node) -> int:
     return _size(node) * _shape(node.args[0])[-1]
 
 
+def _query(node: fx.Node) -> int:
+    return _size(node) * _shape(node.args[6])[-1]
+
+
 def _added_product(node: fx.Node) -> int:
     return _size(node) * _shape(node.args[1])[-1]
 
@@ -56,6 +60,7 @@ FORMULAS: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv2d.padding: _convolution,
     aten.conv3d.default: _convolution,
     aten.scaled_dot_product_attention.default: _attention,
+    ops.norm_linear: _query,
     ops.score_tokens: _product,
 }
 

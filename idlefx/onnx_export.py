@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from idlefx import ops
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.frontend import quiet
 from idlefx.manifest import KEY
@@ -33,7 +34,7 @@ def write_onnx(portable: Portable, manifest: Mapping[str, Any], path: Path) -> N
         ArtifactError: An operation has no form in ONNX.
     """
     try:
-        with quiet():
+        with quiet(), ops.plain():
             written = torch.onnx.export(
                 portable.export(),
                 dynamo=True,

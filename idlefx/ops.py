@@ -1,15 +1,38 @@
 """Choose, take and put: the only new tensor code that ends up in a graph."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from operator import add, or_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, linear
+
+try:
+    from idlefx import fused
+except ImportError:  # no Triton
+    fused = None  # type: ignore[assignment]
+
+_fusing = fused is not None
 
 
-def order_tokens(scores: Tensor, prefix: tuple[int, ...], kept: int, among: Tensor | None = None) -> Tensor:
-    """All positions: first those of the tokens that work, the prefix and the highest scores, then those that idle.
+@contextmanager
+def plain() -> Iterator[None]:
+    """Use no kernels meanwhile, for programs that run where there is neither idlefx nor Triton."""
+    global _fusing
+    before, _fusing = _fusing, False
+    try:
+        yield
+    finally:
+        _fusing = before
+
+
+def choose_tokens(
+    scores: Tensor, prefix: tuple[int, ...], kept: int, among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose the tokens that work: the prefix and the highest scores.
 
     Args:
         scores: A score per token (B, N); those of the prefix are not looked at.
@@ -18,25 +41,66 @@ def order_tokens(scores: Tensor, prefix: tuple[int, ...], kept: int, among: Tens
         among: Positions (B, n) of the prefix tokens and of at least K image tokens to choose from; all if None.
 
     Returns:
-        Positions (B, N), of which the first P + K work; both parts are ascending, and the second counts from N.
+        Positions (B, P + K) of those that work, ascending; and for each token where it stands, first those that work
+        and then those that idle (B, N).
     """
+    if _runs_kernels(scores) and scores.shape[1] <= fused.MOST_TOKENS:
+        return choose_tokens_in_one(scores, prefix, kept, among)
     if among is not None:
         scores = _ranks(scores, among)
     # Everything is a sort, a scan or pointwise over whole rows, so that a compiler makes one kernel of it.
     order, count = _descending(scores), scores.shape[1]
     fixed = _are_prefix(order, prefix)
     works = fixed | ((1 - fixed.to(order.dtype)).cumsum(1) <= kept)
-    return torch.where(works, order, order + count).sort(dim=1).values
+    order = torch.where(works, order, order + count).sort(dim=1).values
+    return order.narrow(1, 0, len(prefix) + kept), (order % count).argsort(dim=1)
 
 
-def choose_tokens(scores: Tensor, prefix: tuple[int, ...], kept: int, among: Tensor | None = None) -> Tensor:
-    """Positions (B, P + K) of the tokens that work, ascending; see `order_tokens`."""
-    return order_tokens(scores, prefix, kept, among).narrow(1, 0, len(prefix) + kept)
+def choose_tokens_in_one(
+    scores: Tensor, prefix: tuple[int, ...], kept: int, among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same as `choose_tokens`, in one kernel of a GPU."""
+    role = None if among is None and _leads(prefix) else _roles(scores, prefix, among)
+    found: tuple[Tensor, Tensor] = torch.ops.idlefx.choose_tokens(
+        scores.detach(), role, len(prefix), kept, len(prefix) + kept
+    )
+    return found
 
 
-def places_of(order: Tensor) -> Tensor:
-    """Where each token stands in what `order_tokens` returned, (B, N)."""
-    return (order % order.shape[1]).argsort(dim=1)
+def norm_linear(
+    addends: list[Tensor],
+    position: int,
+    dim: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    epsilon: float,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """A linear layer of the layer norm of one token per image.
+
+    Args:
+        addends: One or two tensors (B, n, C), or (n, B, C), that the tokens are the sum of.
+        position: Where the token stands in all of them.
+        dim: Their token dimension, 0 or 1.
+        norm_weight: Scale of the norm (C).
+        norm_bias: Its shift (C).
+        epsilon: What it adds to the variance.
+        weight: Of the linear layer (D, C).
+        bias: Its bias (D).
+
+    Returns:
+        The layer's output (B, D).
+    """
+    infers = not (torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type))
+    if infers and norm_weight is not None and _runs_kernels(weight):
+        needed = [t for t in (*addends, norm_weight, norm_bias, weight, bias) if t is not None]
+        if all(t.dtype == weight.dtype and t.stride(-1) == 1 for t in needed):
+            given = (addends, position, dim, norm_weight, norm_bias, epsilon, weight, bias)
+            out: Tensor = torch.ops.idlefx.norm_linear(*given)
+            return out
+    x = reduce(add, (part.select(dim, position) for part in addends))
+    return linear(layer_norm(x, x.shape[-1:], norm_weight, norm_bias, epsilon), weight, bias)
 
 
 def score_tokens(tokens: Tensor, direction: Tensor) -> Tensor:
@@ -61,8 +125,23 @@ def mean_over_heads(sums: list[Tensor], heads: int) -> Tensor:
     return reduce(add, sums) / heads
 
 
+def _runs_kernels(x: Tensor) -> bool:
+    return _fusing and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _leads(prefix: tuple[int, ...]) -> bool:
+    return prefix == tuple(range(len(prefix)))
+
+
+def _roles(scores: Tensor, prefix: tuple[int, ...], among: Tensor | None) -> Tensor:
+    """For each token whether it never works (0), may work (1) or always works (2), (B, N)."""
+    free = torch.zeros_like(scores, dtype=torch.int8)
+    free = free + 1 if among is None else free.scatter(1, among, 1)
+    return torch.where(_are_prefix(torch.arange(scores.shape[1], device=scores.device), prefix), 2, free)
+
+
 def _are_prefix(positions: Tensor, prefix: tuple[int, ...]) -> Tensor:
-    if prefix == tuple(range(len(prefix))):
+    if _leads(prefix):
         return positions < len(prefix)
     return reduce(or_, (positions == p for p in prefix))
 
@@ -203,7 +282,7 @@ def take_rows(weight: Tensor, start: int, groups: int, stride: int, width: int) 
 def mean_tokens(x: Tensor, prefix: tuple[int, ...], dim: int) -> Tensor:
     """The mean over the image tokens along `dim`, which stays as a dimension of one."""
     count = len(prefix)
-    if prefix == tuple(range(count)):
+    if _leads(prefix):
         return x.narrow(dim, count, x.shape[dim] - count).mean(dim, keepdim=True)
     image = torch.tensor([p for p in range(x.shape[dim]) if p not in prefix], device=x.device)
     return x.index_select(dim, image).mean(dim, keepdim=True)

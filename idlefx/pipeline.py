@@ -12,7 +12,14 @@ from idlefx.blocks import find_blocks
 from idlefx.errors import IdleFxError, PassError
 from idlefx.frontend import Captured, capture
 from idlefx.module import Form, IdleModule
-from idlefx.passes import add_cut_loss, idle_tokens, lower_spellings, normalize_attention, select_tokens
+from idlefx.passes import (
+    add_cut_loss,
+    idle_tokens,
+    lower_spellings,
+    normalize_attention,
+    select_tokens,
+    shorten_query,
+)  # fmt: skip
 from idlefx.planning import make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.tidy import adopt
@@ -21,8 +28,8 @@ from idlefx.verify import promise_of, verify
 Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 
 SPELL: tuple[Pass, ...] = (lower_spellings, normalize_attention)
-REWRITE: tuple[Pass, ...] = (select_tokens, idle_tokens)
-REWRITE_WITH_LOSS: tuple[Pass, ...] = (select_tokens, add_cut_loss, idle_tokens)
+REWRITE: tuple[Pass, ...] = (select_tokens, idle_tokens, shorten_query)
+REWRITE_WITH_LOSS: tuple[Pass, ...] = (select_tokens, add_cut_loss, idle_tokens, shorten_query)
 
 
 def convert(

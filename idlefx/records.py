@@ -67,6 +67,11 @@ class Block:
         return self.tokens - len(self.prefix)
 
     @property
+    def leading(self) -> int:
+        """How many prefix tokens stand in front of all others."""
+        return next((place for place, position in enumerate(self.prefix) if place != position), len(self.prefix))
+
+    @property
     def image_positions(self) -> tuple[int, ...]:
         """Positions of the image tokens, ascending."""
         prefix = set(self.prefix)

@@ -10,6 +10,9 @@ from idlefx.passes.cut_loss import add_cut_loss
 from idlefx.passes.idle import idle_tokens
 from idlefx.passes.lower import lower_spellings
 from idlefx.passes.normalize import normalize_attention
+from idlefx.passes.query import shorten_query
 from idlefx.passes.select import select_tokens
 
-__all__ = ["add_cut_loss", "idle_tokens", "lower_spellings", "normalize_attention", "select_tokens"]
+__all__ = [
+    "add_cut_loss", "idle_tokens", "lower_spellings", "normalize_attention", "select_tokens", "shorten_query",
+]  # fmt: skip

@@ -1,21 +1,19 @@
 """Give every idling block a selector head: scores of all tokens, and the positions of those that work.
 
-1. A step that idles gets `idle_<block>_scores` (B, N), `idle_<block>_order` (B, N), in which those that work come
-   first, and `idle_<block>_index` (B, P + K), which is that first part.
+1. A step that idles gets `idle_<block>_scores` (B, N), `idle_<block>_index` (B, P + K), the positions of those that
+   work, and `idle_<block>_place` (B, N), where each token stands, first those that work.
 2. If the plan lets no token return, the choice is made among the tokens that worked in the idling block before.
 3. Nothing reads the positions yet, so nothing changes.
 """
 
-import torch
+import operator
+
 from torch import fx
 
 from idlefx import ops
 from idlefx.blocks import open_block
 from idlefx.heads import Head
-from idlefx.rebuild import emit
 from idlefx.records import Plan
-
-aten = torch.ops.aten
 
 
 def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -26,12 +24,11 @@ def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         if step.idles:
             block = plan.blocks[step.block]
             opened = open_block(graph, block)
-            name = f"idle_{block.index}_index"
             with graph.inserting_before(opened.exit):
-                scores = Head(graph, block, opened).build(step)
-                choice = (scores, block.prefix, step.kept, *([] if before is None else [before]))
-                order = emit(graph, ops.order_tokens, *choice, name=f"idle_{block.index}_order", like=opened.exit)
-                working = (order, 1, 0, len(block.prefix) + step.kept)
-                index = emit(graph, aten.narrow.default, *working, name=name, like=opened.exit)
+                head = Head(graph, block, opened)
+                given = (head.build(step), block.prefix, step.kept, *([] if before is None else [before]))
+                choice = head.emit(ops.choose_tokens, *given, name="choice")
+                index = head.emit(operator.getitem, choice, 0, name="index")
+                head.emit(operator.getitem, choice, 1, name="place")
             before = None if plan.reselect else index
     return module

@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 import idlefx
 from idlefx import ops
+from idlefx.parity import example_of
 
 BATCH, TOKENS, WIDTH, KEPT, DEPTH = 8, 197, 384, 137, 3
 aten = torch.ops.aten
@@ -148,12 +149,13 @@ def generated(
     return CODES.pop()
 
 
-def of_model(model: torch.fx.GraphModule, dynamic: bool = False) -> str:
+def of_model(model: idlefx.IdleModule, dynamic: bool = False) -> str:
     """The code of a captured model, its attention being the flash kernel that a GPU would choose."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None) -> Tensor:
         return aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, False, False, scale=scale)[0]
 
+    (example,), _ = example_of(model)
     model = copy.deepcopy(model)
     for node in model.graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
@@ -164,7 +166,7 @@ def of_model(model: torch.fx.GraphModule, dynamic: bool = False) -> str:
     def run(x: Tensor, *values: Tensor) -> Any:
         return torch.func.functional_call(model, dict(zip(state, values, strict=True)), (x,))
 
-    image = ((BATCH, 3, 224, 224), torch.bfloat16)
+    image = ((BATCH, *example.shape[1:]), torch.bfloat16)
     return generated(run, image, *((tuple(t.shape), t.dtype) for t in state.values()), dynamic=dynamic)
 
 
@@ -182,16 +184,28 @@ def careless(x: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
     return x.scatter(1, index, x.gather(1, index) @ weight)
 
 
+def plain_choice(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """A choice where Triton kernels of ours are not at hand."""
+    with ops.plain():
+        return ops.choose_tokens(scores, (0,), KEPT)
+
+
+def converted(keep: float, **options: Any) -> idlefx.IdleModule:
+    """A small model of which all blocks but the first idle."""
+    model: nn.Module = timm.create_model("deit_small_patch16_224", depth=DEPTH, **options).eval().bfloat16()
+    return idlefx.convert(model, [1], keep)
+
+
 def main() -> None:
     """Generate all of it."""
-    model: nn.Module = timm.create_model("deit_small_patch16_224", depth=DEPTH).eval().bfloat16()
-    example = torch.randn(2, 3, 224, 224, dtype=torch.bfloat16)
-    dense, idle = (idlefx.convert(model, [1], keep, example_inputs=example) for keep in (1.0, 0.7))
+    dense, idle = converted(1.0), converted(0.7)
     x = ((BATCH, TOKENS, WIDTH), torch.bfloat16)
     codes = {
         "dense": of_model(dense),
         "idle": of_model(idle),
         "idle, free batch": of_model(idle, dynamic=True),
+        "many tokens": of_model(converted(0.7, img_size=448)),
+        "choice": generated(plain_choice, ((BATCH, TOKENS), torch.float32)),
         "gradients": generated(gradients, x, ((BATCH, KEPT), torch.int64), x, trace_on="cpu"),
         "careless": generated(careless, x, ((BATCH, TOKENS), torch.float32), ((WIDTH, WIDTH), torch.bfloat16)),
     }

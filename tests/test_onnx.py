@@ -40,8 +40,8 @@ def test_onnx_equals_eager_in_plain_operations(name, tmp_path):
 
 class Choices(torch.nn.Module):
     def forward(self, scores):
-        worked = ops.choose_tokens(scores, (0,), 9)
-        return worked, ops.choose_tokens(scores, (5,), 7), ops.choose_tokens(-scores, (0,), 4, worked)
+        worked, place = ops.choose_tokens(scores, (0,), 9)
+        return worked, place, *ops.choose_tokens(scores, (5,), 7), *ops.choose_tokens(-scores, (0,), 4, worked)
 
 
 def test_onnx_gives_ties_to_the_lower_position(tmp_path):

@@ -23,15 +23,15 @@ def test_choice_is_the_highest_scores_with_ties_to_the_lower_position(data):
     prefix = tuple(sorted(data.draw(st.sets(st.integers(0, count - 1), max_size=count - 1))))
     kept = data.draw(st.integers(1, count - len(prefix)))
     scores = data.draw(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=count, max_size=count))
-    found = ops.choose_tokens(torch.tensor([scores, scores[::-1]]), prefix, kept)
+    found = ops.choose_tokens(torch.tensor([scores, scores[::-1]]), prefix, kept)[0]
     assert found[0].tolist() == chosen_by_hand(scores, prefix, kept)
     assert found[1].tolist() == chosen_by_hand(scores[::-1], prefix, kept)
 
 
 def test_prefix_works_whatever_the_scores_are():
     scores = torch.full((1, 6), torch.nan)
-    assert ops.choose_tokens(scores, (0, 1), 2).tolist() == [[0, 1, 2, 3]]
-    assert {1, 4} <= set(ops.choose_tokens(scores, (1, 4), 2)[0].tolist())
+    assert ops.choose_tokens(scores, (0, 1), 2)[0].tolist() == [[0, 1, 2, 3]]
+    assert {1, 4} <= set(ops.choose_tokens(scores, (1, 4), 2)[0][0].tolist())
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -74,3 +74,15 @@ def test_rows_of_interleaved_heads_are_a_pattern():
     weight = torch.arange(12.0)
     assert ops.take_rows(weight, 2, 3, 4, 2).tolist() == [2, 3, 6, 7, 10, 11]
     assert ops.take_rows(weight, 4, 1, 9, 3).tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("count", [1, 2])
+def test_query_of_one_token_is_its_norm_and_a_linear_layer(dim, count):
+    torch.manual_seed(0)
+    norm, linear = torch.nn.LayerNorm(8, eps=1e-6), torch.nn.Linear(8, 5)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    addends = [torch.randn(3, n, 8).transpose(0, 1 - dim) for n in (6, 4)[:count]]
+    found = ops.norm_linear(addends, 2, dim, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
+    assert torch.allclose(found, linear(norm(sum(part.select(dim, 2) for part in addends))), atol=1e-6)

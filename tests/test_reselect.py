@@ -192,5 +192,5 @@ def test_choice_among_some_is_the_best_of_them(values, prefix, data):
     among = torch.tensor([sorted(prefix | candidates)])
     best = sorted(candidates, key=lambda p: (-scores[0, p].item(), p))[:kept]
     for given_scores in (scores, torch.tensor([values])) if not lowest else (scores,):
-        chosen = choose_tokens(given_scores, tuple(sorted(prefix)), kept, among)
+        chosen, _ = choose_tokens(given_scores, tuple(sorted(prefix)), kept, among)
         assert chosen[0].tolist() == sorted([*prefix, *best])

@@ -1,0 +1,78 @@
+"""Shorten the way to the class token's query, for which the choice of tokens waits.
+
+1. The linear layer of a query takes over the norm in front of it and the sum that makes the class token: on a GPU one
+   kernel, which need not wait until the other tokens are added up or put back.
+2. Leading prefix tokens lead among the worked tokens too: other slices of them are taken there.
+"""
+
+import torch
+from torch import fx
+
+from idlefx import ops
+from idlefx.graph import Call, by_name, remove_dead, shape_of
+from idlefx.rebuild import emit
+from idlefx.records import Block, Plan
+
+aten = torch.ops.aten
+
+
+def shorten_query(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Rewrite what the heads of the plan's blocks read; those blocks must idle already (`idle`)."""
+    graph, nodes = module.graph, by_name(module.graph)
+    blocks = [plan.blocks[step.block] for step in plan if step.idles]
+    leading = {nodes[f"idle_{block.index}_scatter"]: block.leading for block in blocks}
+    for block in blocks:
+        for node in graph.nodes:
+            if node.name.startswith(f"idle_{block.index}_query") and node.target is aten.linear.default:
+                _take_over(node, leading)
+    remove_dead(graph)
+    for block in blocks:
+        _read_worked(nodes[f"idle_{block.index}_scatter"], block)
+    remove_dead(graph)
+    return module
+
+
+def _take_over(linear: Call, leading: dict[fx.Node, int]) -> None:
+    squeeze, weight, bias = (*linear.args, None)[:3]
+    norm = squeeze.args[0]
+    is_norm = norm.target is aten.layer_norm.default and len(norm.args[1]) == 1
+    if not is_norm or norm.args[0].target is not aten.slice.Tensor:
+        return
+    token, _, norm_weight, norm_bias, epsilon = (*norm.args, None, None, 1e-5)[:5]
+    stream, dim, position, end = token.args
+    if position < leading.get(stream, 0):
+        stream = stream.args[2]
+    if end == position + 1 and len(shape_of(squeeze)) == 2:
+        linear.target = ops.norm_linear
+        addends = list(stream.args) if _is_plain_sum(stream) else [stream]
+        linear.args = (addends, position, dim, norm_weight, norm_bias, epsilon, weight, bias)
+
+
+def _read_worked(scatter: Call, block: Block) -> None:
+    """Let who reads leading prefix tokens of the stream read them among the worked tokens."""
+    worked = scatter.args[2]
+    for user in list[Call](scatter.users):
+        if user.target is aten.slice.Tensor and worked.meta["val"].dtype is scatter.meta["val"].dtype:
+            _, dim, start, stop = user.args
+            if dim == block.token_dim and 0 <= start < stop <= block.leading:
+                with user.graph.inserting_before(user):
+                    user.replace_all_uses_with(_cut_out(worked, user))
+
+
+def _cut_out(node: Call, like: Call) -> fx.Node:
+    """The part of a node that another cuts out; of a sum the sum of the parts, as the whole is then read only once."""
+
+    def cut(part: fx.Node) -> fx.Node:
+        return emit(like.graph, like.target, part, *like.args[1:], name=like.name, like=like)
+
+    if not _is_plain_sum(node):
+        return cut(node)
+    return emit(like.graph, node.target, *(cut(n) for n in node.args), name=like.name, like=like)
+
+
+def _is_plain_sum(node: Call) -> bool:
+    """Whether it is the sum of two tensors like itself."""
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return False
+    kinds = {(tuple(shape_of(n)), n.meta["val"].dtype) for n in (node, *node.all_input_nodes)}
+    return len(node.all_input_nodes) == 2 and len(kinds) == 1

@@ -1,0 +1,68 @@
+"""The kernels for GPUs, without one: what they compute, by Triton's interpreter, and that they can be built."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from idlefx import kernels  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def differences():
+    """How far the interpreted kernels are from what they stand for, and from something else."""
+    script = Path(__file__).with_name("interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parents[1], env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_choice_is_the_same(differences):
+    assert differences["right"]["choices"] == 0
+    assert differences["wrong"]["choices"] > 0
+
+
+def test_query_is_the_same_up_to_rounding(differences):
+    for kind, bound in {"torch.float32": 1e-5, "torch.float16": 4e-3}.items():
+        assert differences["right"]["queries"][kind] < bound < differences["wrong"]["queries"][kind]
+
+
+def build(kernel, types: dict[str, str], constants: dict[str, object], **options: int) -> bytes:
+    """The machine code for compute capability 9.0."""
+    names = kernel.arg_names
+    assert set(names) == {*types, *constants}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
+
+
+def typed(names: str, kind: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+@pytest.mark.parametrize(("block", "warps"), [(256, 1), (2048, 4)])
+@pytest.mark.parametrize("role", [None, "*i8"])
+def test_choice_can_be_built(block, warps, role):
+    types = {"scores": "*fp32", **typed("index place", "*i64"), **typed("tokens leading kept working", "i32")}
+    constants = {"BLOCK": block}
+    (types if role else constants)["role"] = role
+    assert build(kernels.choose_kernel, types, constants, num_warps=warps)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
+def test_query_can_be_built(kind):
+    sizes = "images outputs x_token residual_token x_stride residual_stride weight_stride"
+    tensors = typed("x residual norm_weight norm_bias weight bias out", f"*{kind}")
+    types = {**tensors, **typed(sizes, "i32"), "epsilon": "fp32"}
+    tiles = {"WIDTH": 384, "IMAGES": 16, "FEATURES": 64, "OUTPUTS": 32}
+    assert build(kernels.norm_linear_kernel, types, tiles)
