@@ -20,7 +20,7 @@ from idlefx.peers import Peer, make_peer, open_peers
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable, Plan
 from idlefx.report import report
-from idlefx.scoreboard import render, to_json
+from idlefx.scoreboard import render, summary, to_json
 from idlefx.stopwatch import lacks_memory
 from idlefx.timings import EAGER, Bench
 
@@ -85,14 +85,19 @@ class Campaign:
         Raises:
             KeyboardInterrupt: The user stopped it; what was measured is printed and written.
         """
-        status = 0
-        for name in self.options.model:
-            try:
-                self._measure(name)
-            except IdleFxError as error:
-                print(f"error: {name}: {error}", file=sys.stderr)
-                status = 2
-        return status
+        try:
+            return max(map(self._attempt, self.options.model))
+        finally:
+            if len(self.done) > 1:
+                print(summary(self.done), flush=True)
+
+    def _attempt(self, name: str) -> int:
+        try:
+            self._measure(name)
+        except IdleFxError as error:
+            print(f"error: {name}: {error}", file=sys.stderr)
+            return 2
+        return 0
 
     def _measure(self, name: str) -> None:
         options = self.options

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from idlefx.errors import InputError
 from idlefx.files import whole_file
-from idlefx.timings import DENSE, EAGER, IDLE, Bench, speed_up
+from idlefx.timings import DENSE, IDLE, Bench, speed_up
 
 FORMATS = ("png", "pdf", "svg")
 SIZE, DPI = (6.4, 4.8), 200
@@ -77,14 +77,7 @@ def figure(benches: Sequence[Bench]) -> Figure:
 
 def points(bench: Bench) -> list[tuple[int, str, float]]:
     """Batch size, name and speed-up of every model that was timed against the dense one."""
-    found = []
-    for batch in dict.fromkeys(t.batch for t in bench.timings):
-        eager = [t for t in bench.timings if (t.batch, t.mode) == (batch, EAGER)]
-        for name in bench.gmacs:
-            pair = bench.best(batch, name) or next(((t, t) for t in eager if name in t.ms), None)
-            if pair is not None and name != DENSE:
-                found.append((batch, name, speed_up(pair[0].ms[DENSE], pair[1].ms[name])))
-    return found
+    return [(batch, name, speed_up(dense.ms[DENSE], other.ms[name])) for batch, name, dense, other in bench.finals()]
 
 
 def _model(bench: Bench) -> str:

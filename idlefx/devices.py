@@ -1,6 +1,8 @@
 """What this machine can compute on, and in which number types."""
 
+import os
 import platform
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,8 +49,17 @@ def describe(weight: Tensor) -> str:
         name = torch.cuda.get_device_name(weight.device)
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        name = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads"
+        name = f"{os.cpu_count()}-core {_processor()} ({capability}), {torch.get_num_threads()} threads"
     return f"{name}, {_name(weight.dtype)}, torch {torch.__version__}, {platform.system()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from statistics import median, quantiles
 
 from tabulate import tabulate
 
 from idlefx.timings import DENSE, EAGER, IDLE, Bench, Timing, outcome, speed_up
+from idlefx.versions import versions
 
 HEAD = ("mode", "batch", "model", "ms", "images/s", "peak MiB", "speed-up", "of limit", "memory")
+
+SUMMARY = ("what", "batch", "model", "GMACs", "limit", "dense ms", "ms", "speed-up", "of limit", "verdict")
 
 AGAINST_BEST = {"faster": "", "not told apart": ", which chance could do", "slower": ": here it does not pay"}
 
@@ -47,9 +51,26 @@ def verdict(bench: Bench) -> str:
     return "\n".join(words)
 
 
+def summary(benches: Sequence[Bench]) -> str:
+    """One line for each model, plan and batch size, in Markdown: best compiled against best compiled dense model."""
+    rows = []
+    for bench in benches:
+        for batch, name, dense, other in bench.finals():
+            dense_ms, other_ms, limit = dense.ms[DENSE], other.ms[name], bench.limit(name)
+            gained = speed_up(dense_ms, other_ms)
+            rows.append(
+                (bench.title, str(batch), name, f"{bench.gmacs[DENSE]:.3g} → {bench.gmacs[name]:.3g}", f"{limit:.2f}",
+                 f"{median(dense_ms):.4g}", f"{median(other_ms):.4g}", f"{gained:.2f}×", f"{gained / limit:.0%}",
+                 outcome(dense_ms, other_ms))
+            )  # fmt: skip
+    table = tabulate(rows, headers=SUMMARY, tablefmt="github", disable_numparse=True)
+    return f"Best compiled against best compiled dense model:\n\n{table}" if rows else ""
+
+
 def to_json(benches: Sequence[Bench]) -> str:
-    """Everything that was measured, as JSON."""
-    return json.dumps({"benches": [bench.to_dict() for bench in benches]}, indent=1)
+    """Everything that was measured, when and with what, as JSON."""
+    facts = {"measured": date.today().isoformat(), "versions": versions("timm")}
+    return json.dumps({**facts, "benches": [bench.to_dict() for bench in benches]}, indent=1)
 
 
 def _rows(bench: Bench, timing: Timing) -> list[tuple[str, ...]]:

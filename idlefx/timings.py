@@ -75,6 +75,20 @@ class Bench:
         dense, other = (min(compiled, key=lambda t, n=n: median(t.ms[n])) for n in (DENSE, name))  # type: ignore[misc]
         return dense, other
 
+    def finals(self) -> list[tuple[int, str, Timing, Timing]]:
+        """Batch size, name, and the timings that count: best compiled dense model against best compiled other.
+
+        Where nothing was compiled, eager stands against eager.
+        """
+        found = []
+        for batch in dict.fromkeys(t.batch for t in self.timings):
+            eager = [t for t in self.timings if (t.batch, t.mode) == (batch, EAGER)]
+            for name in self.gmacs:
+                pair = self.best(batch, name) or next(((t, t) for t in eager if name in t.ms), None)
+                if pair is not None and name != DENSE:
+                    found.append((batch, name, *pair))
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, every sample and the derived figures."""
         facts = asdict(self)

@@ -219,7 +219,10 @@ def test_several_models_and_ratios_are_timed_and_a_refused_one_named(capsys, tmp
     shown = capsys.readouterr()
     assert "keep 0.9\n" in shown.out and "keep 0.9 0.5\n" in shown.out
     assert "test_bench:CASE" in shown.err
-    assert len(json.loads(target.read_text())["benches"]) == 2
+    summary = shown.out.partition("Best compiled against best compiled")[2]
+    assert "keep 0.9 " in summary and "keep 0.9 0.5 " in summary
+    written = json.loads(target.read_text())
+    assert len(written["benches"]) == 2 and {"torch", "timm"} <= set(written["versions"]) and written["measured"]
 
 
 def test_peer_that_does_not_compile_is_skipped_and_the_rest_goes_on(monkeypatch):

@@ -16,6 +16,7 @@ from idlefx import __main__ as shell
 from idlefx.chart import figure, plot, points
 from idlefx.errors import InputError
 from idlefx.peers import make_peer, open_peers
+from idlefx.scoreboard import summary
 from idlefx.timings import Bench, Timing
 
 PATCH = """
@@ -124,6 +125,16 @@ def benches() -> list[Bench]:
 
 def test_points_are_best_against_best():
     assert points(benches()[0]) == [(1, "idle", 0.8), (8, "idle", pytest.approx(8 / 7)), (8, "tome", 2.0)]
+
+
+def test_summary_has_a_line_each_of_best_against_best():
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary(benches()).splitlines()[4:]]
+    assert lines == [
+        ["vit, keep 0.5", "1", "idle", "4 → 2", "2.00", "2", "2.5", "0.80×", "40%", "slower"],
+        ["vit, keep 0.5", "8", "idle", "4 → 2", "2.00", "8", "7", "1.14×", "57%", "faster"],
+        ["vit, keep 0.5", "8", "tome", "4 → 1.6", "2.50", "8", "4", "2.00×", "80%", "faster"],
+    ]
+    assert summary([]) == ""
 
 
 def test_plot_has_a_point_each_over_its_limit_and_is_a_file(tmp_path):
