@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import idlefx
 from idlefx import zoo
+from idlefx.arguments import add_model, add_plan, choice_of
 from idlefx.artifacts import check_path
 from idlefx.campaign import Campaign, add_options
 from idlefx.data import Glyphs
@@ -118,11 +119,8 @@ def _idle(options: argparse.Namespace, model: nn.Module, example: Any, keep: flo
         model,
         options.layers,
         given if keep is None else keep,
-        schedule=options.schedule,
-        selector=options.selector,
-        multiple_of=options.multiple_of,
-        prefix=options.prefix,
         example_inputs=example,
+        **choice_of(options),
     )
 
 
@@ -136,35 +134,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m idlefx", description="Vision Transformers whose tokens may idle.")
     commands = parser.add_subparsers(required=True, metavar="inspect | convert | bench | draw | zoo")
 
-    weights = argparse.ArgumentParser(add_help=False)
-    weights.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
-    weights.add_argument("--checkpoint", metavar="FILE", help="weights to load, safetensors")
-    weights.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images, if not the model's own")
-    weights.add_argument("--example-shape", type=_shape, metavar="2,3,224,224", help="shape of an input, if not known")
-
-    source = argparse.ArgumentParser(add_help=False, parents=[weights])
-    source.add_argument("--model", required=True, help="a timm name, or package.module:callable")
-
-    choice = argparse.ArgumentParser(add_help=False)
-    choice.add_argument("--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle")
-    choice.add_argument("--selector", default="auto", help="the token score")
-    choice.add_argument("--multiple-of", type=int, default=1, help="round tokens that work up to a multiple, such as 8")
-    choice.add_argument("--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found")
-
-    plan = argparse.ArgumentParser(add_help=False, parents=[choice])
-    plan.add_argument("--layers", type=int, nargs="+", required=True, help="blocks that open a stage, from 0")
-    plan.add_argument(
-        "--keep",
-        type=float,
-        nargs="+",
-        default=[0.7],
-        help="share of tokens that work: one, or one per layer",
-    )
-
-    inspect = commands.add_parser("inspect", parents=[source], help="which blocks there are and which can idle")
+    inspect = commands.add_parser("inspect", help="which blocks there are and which can idle")
+    add_model(inspect, required=True)
     inspect.set_defaults(command=_inspect)
 
-    convert = commands.add_parser("convert", parents=[source, plan], help="plan and report of a conversion, checked")
+    convert = commands.add_parser("convert", help="plan and report of a conversion, checked")
+    add_model(convert, required=True)
+    add_plan(convert, required=True)
     convert.add_argument("--save", metavar="FILE", help="write the weights, safetensors")
     convert.add_argument("--times", metavar="FILE", help="predict times from what `bench --table` wrote")
     convert.add_argument("--package", metavar="FILE", help="write an artifact, .pt2 or .onnx, and print its path")
@@ -174,11 +150,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--batch", type=int, nargs=2, metavar=("MIN", "MAX"), help="images of a call; 1 to 1024")
     convert.set_defaults(command=_convert)
 
-    timing = commands.add_parser("bench", parents=[weights, choice], help="time dense against idling")
+    timing = commands.add_parser("bench", help="time dense against idling")
     add_options(timing)
     timing.set_defaults(command=_bench)
 
-    draw = commands.add_parser("draw", parents=[source, plan], help="picture of working and idle patches")
+    draw = commands.add_parser("draw", help="picture of working and idle patches")
+    add_model(draw, required=True)
+    add_plan(draw, required=True)
     draw.add_argument(
         "images", nargs="*", metavar="IMAGE", help="photographs, named before the options; drawn scenes if none"
     )
@@ -191,10 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--markdown", metavar="FILE", help="write the table as Markdown too")
     table.set_defaults(command=_zoo)
     return parser
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from idlefx.arguments import add_choice, add_weights, choice_of
 from idlefx.bench import MODES, bench
 from idlefx.chart import check_chart, plot
 from idlefx.clock import BlockTimes, measure_times, size_of, times_to_json, token_counts
@@ -29,7 +30,9 @@ Example = Callable[[argparse.Namespace, nn.Module], Any]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command takes besides the options of models and plans."""
+    """What the command takes; several models and ratios, unlike others."""
+    add_weights(parser)
+    add_choice(parser)
     parser.add_argument("--model", nargs="+", required=True, help="timm names, or package.module:callable")
     parser.add_argument(
         "--layers", type=int, nargs="+", help="blocks that open a stage; by default a quarter, half, three quarters in"
@@ -115,11 +118,8 @@ class Campaign:
                 model,
                 layers,
                 keep[0] if len(keep) == 1 else keep,
-                schedule=options.schedule,
-                selector=options.selector,
-                multiple_of=options.multiple_of,
-                prefix=options.prefix,
                 example_inputs=example,
+                **choice_of(options),
             )
             plans.append(idle.plan)
             title = f"{name}, layers {' '.join(map(str, layers))}, keep {' '.join(map(str, keep))}"

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from idlefx import checkpoints
+from idlefx.arguments import choice_of
 from idlefx.batches import Batches
 from idlefx.ends import has_features, tap
 from idlefx.errors import IdleFxError, InputError
@@ -56,10 +57,12 @@ def _run(options: argparse.Namespace, world: World, interrupted: Callable[[], bo
     ).to(world.device)
     example = torch.randn(options.example_shape, device=world.device) if options.example_shape else None
     idle = convert(
-        dense, options.layers, options.keep if len(options.keep) > 1 else options.keep[0], schedule=options.schedule,
-        selector=options.selector, reselect=options.reselect, prefix=options.prefix, multiple_of=options.multiple_of,
+        dense,
+        options.layers,
+        options.keep if len(options.keep) > 1 else options.keep[0],
         example_inputs=example,
-    )  # fmt: skip
+        **choice_of(options),
+    )
     train, val = open_batches(
         source_of(options), idle, options.batch_size, seed=settings.seed, workers=options.workers, world=world
     )  # fmt: skip

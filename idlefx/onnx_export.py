@@ -79,7 +79,8 @@ def verify_onnx(portable: Portable, path: Path) -> None:
         found = session.run(None, {name: tensor.cpu().numpy() for name, tensor in feeds})
     except Exception as error:  # onnxruntime raises kinds of its own
         raise ArtifactError(
-            f"package: onnxruntime does not run the file: {first_line(error)}; verify=False writes it unchecked"
+            f"package: onnxruntime does not run the file: {first_line(error)}; "
+            "idlefx.package(…, verify=False) writes it unchecked"
         ) from error
     results = [torch.from_numpy(array).to(portable.tensors[0].device) for array in found]
     check_parity(portable.module, lambda *_: results, "ONNX", (portable.tensors, {}))

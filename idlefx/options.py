@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from idlefx import checkpoints
+from idlefx.arguments import add_model, add_plan, add_switch, flag
 from idlefx.batches import Batches
 from idlefx.settings import Settings
 from idlefx.sources import GLYPHS, Source
@@ -70,23 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m idlefx.finetune",
         description="Fine-tune a model for idling; without arguments a small one on an embedded data set.",
     )
-    source = parser.add_argument_group("model")
-    source.add_argument("--model", help="a timm name, or package.module:callable")
-    source.add_argument("--pretrained", action="store_true", help="fetch timm's weights")
-    source.add_argument("--checkpoint", metavar="FILE", help="weights to load, safetensors")
-    source.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images, if not the model's own")
-    source.add_argument("--example-shape", type=_shape, metavar="2,3,224,224", help="shape of an input, if not known")
-
-    plan = parser.add_argument_group("plan")
-    plan.add_argument("--layers", type=int, nargs="+", help="blocks that open a stage, from 0")
-    plan.add_argument(
-        "--keep", type=float, nargs="+", default=[0.7], help="share of tokens that work: one, or one per layer"
-    )
-    plan.add_argument("--schedule", default="stages", help="stages (default), or blocks: only the listed blocks idle")
-    plan.add_argument("--selector", default="auto", help="the token score")
-    plan.add_argument("--multiple-of", type=int, default=1, help="raise the tokens that work to a multiple of it")
-    plan.add_argument("--prefix", type=int, nargs="*", help="positions of the tokens that always work, if not found")
-    _switch(plan, "reselect", True, "let idle tokens be chosen again in later blocks")
+    add_model(parser.add_argument_group("model"), required=False)
+    add_plan(parser.add_argument_group("plan"), required=False)
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -108,25 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, metavar="DIR", help="where the files go; by default a new one in runs/")
     run.add_argument("--resume", type=Path, metavar="DIR", help="continue the run there as if it had not ended")
     run.add_argument("--device", help="cpu or cuda; a GPU by default, if there is one")
-    _switch(run, "tensorboard", False, "write for TensorBoard too")
+    add_switch(run, "tensorboard", False, "write for TensorBoard too")
     return parser
 
 
 def _setting(group: Any, name: str, default: Any, text: str) -> None:
     if isinstance(default, bool):
-        _switch(group, name, default, text)
+        add_switch(group, name, default, text)
     else:
         shown = f"{text} ({default:g})"
-        group.add_argument(_flag(name), type=type(default), default=default, metavar="NUMBER", help=shown)
-
-
-def _switch(group: Any, name: str, default: bool, text: str) -> None:
-    group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, default=default, help=text)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(","))
+        group.add_argument(flag(name), type=type(default), default=default, metavar="NUMBER", help=shown)

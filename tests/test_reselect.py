@@ -20,6 +20,7 @@ from models import MODELS, build, images
 from torch import Tensor, nn
 
 import idlefx
+from idlefx import __main__ as shell
 from idlefx.module import selections
 from idlefx.ops import choose_tokens
 
@@ -145,6 +146,17 @@ def test_plan_says_so():
     assert "reselect=False" in str(pruned.plan) and "never works again" in str(pruned.plan)
     assert "reselect" not in str(free.plan)
     assert str(free.plan) in str(pruned.plan)
+
+
+def named() -> nn.Module:
+    return build("vit")
+
+
+@pytest.mark.parametrize(("switch", "pruned"), [("--reselect", False), ("--no-reselect", True)])
+def test_shell_prunes_if_told_to(switch, pruned, capsys):
+    command = ["convert", "--model", "test_reselect:named", "--example-shape", "2,3,48,48", "--layers", "0", "2"]
+    assert shell.main([*command, switch]) == 0
+    assert ("never works again" in capsys.readouterr().out) is pruned
 
 
 def refusal(model: nn.Module, *given: Any, **options: Any) -> str:
