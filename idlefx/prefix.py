@@ -7,10 +7,11 @@ import torch
 from torch import fx
 
 from idlefx import layouts as lay
-from idlefx.axes import follow, rule_of
+from idlefx.axes import follow
 from idlefx.errors import UnknownOperation
 from idlefx.graph import Call, dominator_chain, region, shape_of, value
 from idlefx.layouts import Layout
+from idlefx.rules import rule_of
 from idlefx.walk import Walk, argument
 
 aten = torch.ops.aten
