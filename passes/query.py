@@ -12,6 +12,7 @@ from idlefx import ops
 from idlefx.graph import Call, by_name, remove_dead, shape_of
 from idlefx.rebuild import emit
 from idlefx.records import Block, Plan
+from idlefx.walk import argument
 
 aten = torch.ops.aten
 
@@ -36,15 +37,17 @@ def _take_over(linear: Call, leading: dict[fx.Node, int]) -> None:
     squeeze, weight, bias = (*linear.args, None)[:3]
     norm = squeeze.args[0]
     is_norm = norm.target is aten.layer_norm.default and len(norm.args[1]) == 1
-    if not is_norm or norm.args[0].target is not aten.slice.Tensor:
+    cut = _bounds(norm.args[0]) if is_norm else None
+    if cut is None or len(shape_of(squeeze)) != 2:
         return
-    token, _, norm_weight, norm_bias, epsilon = (*norm.args, None, None, 1e-5)[:5]
-    stream, dim, position, end = token.args
-    if position < leading.get(stream, 0):
+    stream, (dim, position, end) = norm.args[0].args[0], cut
+    if position < leading.get(stream, 0) and _same_type(stream.args[2], stream):
         stream = stream.args[2]
-    if end == position + 1 and len(shape_of(squeeze)) == 2:
+    if end == position + 1:
         linear.target = ops.norm_linear
         addends = list(stream.args) if _is_plain_sum(stream) else [stream]
+        norm_weight, norm_bias = argument(norm, 2, "weight"), argument(norm, 3, "bias")
+        epsilon = argument(norm, 4, "eps", 1e-5)
         linear.args = (addends, position, dim, norm_weight, norm_bias, epsilon, weight, bias)
 
 
@@ -52,11 +55,24 @@ def _read_worked(scatter: Call, block: Block) -> None:
     """Let who reads leading prefix tokens of the stream read them among the worked tokens."""
     worked = scatter.args[2]
     for user in list[Call](scatter.users):
-        if user.target is aten.slice.Tensor and worked.meta["val"].dtype is scatter.meta["val"].dtype:
-            _, dim, start, stop = user.args
+        cut = _bounds(user)
+        if cut is not None and _same_type(worked, scatter):
+            dim, start, stop = cut
             if dim == block.token_dim and 0 <= start < stop <= block.leading:
                 with user.graph.inserting_before(user):
                     user.replace_all_uses_with(_cut_out(worked, user))
+
+
+def _bounds(node: Call) -> tuple[int, int, int] | None:
+    """Dimension, start and stop of a slice, if it is one and they are plain numbers."""
+    if node.target is not aten.slice.Tensor:
+        return None
+    dim, start, stop = argument(node, 1, "dim", 0), argument(node, 2, "start") or 0, argument(node, 3, "end")
+    return (dim, start, stop) if all(isinstance(n, int) for n in (dim, start, stop)) else None
+
+
+def _same_type(a: Call, b: Call) -> bool:
+    return a.meta["val"].dtype is b.meta["val"].dtype
 
 
 def _cut_out(node: Call, like: Call) -> fx.Node:

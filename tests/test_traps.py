@@ -15,6 +15,7 @@ from test_generated import check, convert, error_of
 from torch import Tensor, nn
 
 import idlefx
+from idlefx import ops
 
 SOME = {0: 0.5, 2: 0.3}
 SQUARE = Config(collision="all", prefix=0, head="mean", grid=(8, 8))
@@ -135,6 +136,31 @@ def test_shared_block_idles_in_one_layer_and_not_in_another():
     assert check(config, {1: 0.4})
     idle = convert(build(config), config, {1: 0.4})
     assert len(list(idle.parameters())) == len(list(build(config).parameters()))
+
+
+class Norm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, self.normalized_shape, weight=self.weight, bias=self.bias)
+
+
+class Sampling(ViT):
+    def leave(self, x: Tensor, features: list[Tensor]) -> Any:
+        dim, cut = 0 if self.config.tokens_first else 1, torch.ops.aten.slice.Tensor
+        return super().leave(x, features), cut(x, dim, 0, 9, 2), cut(x, dim, None, 2), cut(x, dim)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens_first", [False, True], ids=["batch_first", "tokens_first"])
+def test_norms_and_slices_leave_out_what_is_the_default(tokens_first):
+    config = Config(tokens_first=tokens_first, prefix=3)
+    model, x = Sampling(config), inputs(config, 3, seed=1)
+    for block in model.blocks:
+        block.norms[0] = Norm(config.width)
+    randomise(model)
+    idle = convert(model.eval(), config, SOME)
+    expected = generated_reference.run(model, kept(config, SOME), x)
+    assert tokens_first or sum(node.target is ops.norm_linear for node in idle.graph.nodes) == len(SOME)
+    assert error_of(idle(*x), expected.output) <= 1e-5
 
 
 def test_example_on_another_device_is_refused():
