@@ -33,9 +33,11 @@ def choose_tokens(scores: Tensor, role: Tensor | None, leading: int, kept: int, 
     index = torch.empty((images, working), dtype=torch.int64, device=scores.device)
     place = torch.empty((images, tokens), dtype=torch.int64, device=scores.device)
     block = triton.next_power_of_2(tokens)
-    wrap_triton(choose_kernel)[(images,)](
-        scores, role, index, place, tokens, leading, kept, working, BLOCK=block, num_warps=min(8, max(1, block // 512)),
-    )  # fmt: skip
+    with torch.cuda.device_of(scores):  # Triton launches on the current device, wherever the tensors are
+        wrap_triton(choose_kernel)[(images,)](
+            scores, role, index, place, tokens, leading, kept, working, BLOCK=block,
+            num_warps=min(8, max(1, block // 512)),
+        )  # fmt: skip
     return index, place
 
 
@@ -50,9 +52,10 @@ def norm_linear(
     images, (outputs, width) = x.shape[1 - dim], weight.shape
     out = torch.empty((images, outputs), dtype=x.dtype, device=x.device)
     # The whole tensors are handed over: a compiler makes copies of parts.
-    wrap_triton(norm_linear_kernel)[(triton.cdiv(images, IMAGES), triton.cdiv(outputs, OUTPUTS))](
-        x, residual, norm_weight, norm_bias, weight, bias, out, images, outputs,
-        position * x.stride(dim), position * steps[0], x.stride(1 - dim), steps[1], weight.stride(0), epsilon,
-        WIDTH=width, IMAGES=IMAGES, FEATURES=FEATURES, OUTPUTS=OUTPUTS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        wrap_triton(norm_linear_kernel)[(triton.cdiv(images, IMAGES), triton.cdiv(outputs, OUTPUTS))](
+            x, residual, norm_weight, norm_bias, weight, bias, out, images, outputs,
+            position * x.stride(dim), position * steps[0], x.stride(1 - dim), steps[1], weight.stride(0), epsilon,
+            WIDTH=width, IMAGES=IMAGES, FEATURES=FEATURES, OUTPUTS=OUTPUTS,
+        )  # fmt: skip
     return out

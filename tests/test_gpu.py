@@ -12,7 +12,14 @@ from idlefx import ops
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("error:ops. Triton cannot run here"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """Convolutions round to TF32 by default, and may so change which tokens are chosen."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,6 +32,14 @@ def test_choice_is_that_of_plain_operations(tokens, dtype):
         wanted = ops.choose_tokens(scores, prefix, tokens // 3, among)
         found = ops.choose_tokens(scores.cuda(), prefix, tokens // 3, None if among is None else among.cuda())
         assert all(torch.equal(a, b.cpu()) for a, b in zip(wanted, found, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_on_the_device_of_their_tensors():
+    scores = torch.randn(3, 50)
+    with torch.cuda.device(0):
+        found = ops.choose_tokens(scores.to("cuda:1"), (0,), 9)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(ops.choose_tokens(scores, (0,), 9), found, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
