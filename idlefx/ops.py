@@ -1,5 +1,6 @@
 """Choose, take and put: the only new tensor code that ends up in a graph."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
+from idlefx.errors import first_line
+
 try:
     from idlefx import fused
-except ImportError:  # no Triton
+except Exception:  # no Triton, or a broken one
     fused = None  # type: ignore[assignment]
 
 _fusing = fused is not None
@@ -45,7 +48,10 @@ def choose_tokens(
         and then those that idle (B, N).
     """
     if _runs_kernels(scores) and scores.shape[1] <= fused.MOST_TOKENS:
-        return choose_tokens_in_one(scores, prefix, kept, among)
+        try:
+            return choose_tokens_in_one(scores, prefix, kept, among)
+        except Exception as error:
+            _do_without(error)
     if among is not None:
         scores = _ranks(scores, among)
     # Everything is a sort, a scan or pointwise over whole rows, so that a compiler makes one kernel of it.
@@ -97,8 +103,11 @@ def norm_linear(
         needed = [t for t in (*addends, norm_weight, norm_bias, weight, bias) if t is not None]
         if all(t.dtype == weight.dtype and t.stride(-1) == 1 for t in needed):
             given = (addends, position, dim, norm_weight, norm_bias, epsilon, weight, bias)
-            out: Tensor = torch.ops.idlefx.norm_linear(*given)
-            return out
+            try:
+                out: Tensor = torch.ops.idlefx.norm_linear(*given)
+                return out
+            except Exception as error:
+                _do_without(error)
     x = reduce(add, (part.select(dim, position) for part in addends))
     return linear(layer_norm(x, x.shape[-1:], norm_weight, norm_bias, epsilon), weight, bias)
 
@@ -126,7 +135,18 @@ def mean_over_heads(sums: list[Tensor], heads: int) -> Tensor:
 
 
 def _runs_kernels(x: Tensor) -> bool:
-    return _fusing and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    fits = _fusing and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return fits and torch.cuda.get_device_properties(x.device).major >= 8  # older ones have no bfloat16
+
+
+def _do_without(error: Exception) -> None:
+    """Use no kernels from now on where Triton cannot build them, as without a C compiler."""
+    global _fusing
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    _fusing = False
+    reason = first_line(error)
+    warnings.warn(f"ops: Triton cannot run here, so plain operations do its work, slower: {reason}", stacklevel=3)
 
 
 def _leads(prefix: tuple[int, ...]) -> bool:

@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -190,6 +191,12 @@ def plain_choice(scores: Tensor) -> tuple[Tensor, Tensor]:
         return ops.choose_tokens(scores, (0,), KEPT)
 
 
+def old_choice(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """A choice on a GPU that our kernels do not run on."""
+    with patch.object(PROPERTIES, "major", 7):
+        return ops.choose_tokens(scores, (0,), KEPT)
+
+
 def converted(keep: float, **options: Any) -> idlefx.IdleModule:
     """A small model of which all blocks but the first idle."""
     model: nn.Module = timm.create_model("deit_small_patch16_224", depth=DEPTH, **options).eval().bfloat16()
@@ -206,6 +213,7 @@ def main() -> None:
         "idle, free batch": of_model(idle, dynamic=True),
         "many tokens": of_model(converted(0.7, img_size=448)),
         "choice": generated(plain_choice, ((BATCH, TOKENS), torch.float32)),
+        "choice on an old GPU": generated(old_choice, ((BATCH, TOKENS), torch.float32)),
         "gradients": generated(gradients, x, ((BATCH, KEPT), torch.int64), x, trace_on="cpu"),
         "careless": generated(careless, x, ((BATCH, TOKENS), torch.float32), ((WIDTH, WIDTH), torch.bfloat16)),
     }

@@ -78,9 +78,10 @@ def test_choice_is_one_kernel_however_many_tokens_there_are(codes, name):
     assert "sort" not in codes[name]
 
 
-def test_choice_of_plain_operations_is_one_kernel_too(codes):
-    source = kernels(codes["choice"])
-    assert len(launches(codes["choice"])) == 1 and calls(codes["choice"]) == []
+@pytest.mark.parametrize("name", ["choice", "choice on an old GPU"])
+def test_choice_of_plain_operations_is_one_kernel_too(codes, name):
+    source = kernels(codes[name])
+    assert len(launches(codes[name])) == 1 and calls(codes[name]) == []
     (choosing,) = source.values()
     assert choosing.count("tl.store") == 2  # who works, and where everyone stands among them
 

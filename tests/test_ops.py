@@ -1,5 +1,7 @@
 """The tensor code that ends up in graphs, against the plainest spelling of what it should do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,3 +88,16 @@ def test_query_of_one_token_is_its_norm_and_a_linear_layer(dim, count):
     addends = [torch.randn(3, n, 8).transpose(0, 1 - dim) for n in (6, 4)[:count]]
     found = ops.norm_linear(addends, 2, dim, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias)
     assert torch.allclose(found, linear(norm(sum(part.select(dim, 2) for part in addends))), atol=1e-6)
+
+
+def test_plain_operations_do_the_work_where_kernels_cannot_run(monkeypatch):
+    monkeypatch.setattr(ops, "_fusing", True)
+    monkeypatch.setattr(ops, "_runs_kernels", lambda _: ops._fusing)
+    monkeypatch.setattr(ops, "fused", SimpleNamespace(MOST_TOKENS=10), raising=False)
+    tokens, weight = torch.randn(3, 6, 8), torch.randn(5, 8)
+    layers = (tokens.new_ones(8), None, 1e-6, weight, None)
+    with ops.plain():
+        wanted = *ops.choose_tokens(tokens.sum(2), (0,), 2), ops.norm_linear([tokens], 0, 1, *layers)
+    with torch.no_grad(), pytest.warns(UserWarning, match="plain operations do its work") as seen:
+        found = *ops.choose_tokens(tokens.sum(2), (0,), 2), ops.norm_linear([tokens], 0, 1, *layers)
+    assert len(seen) == 1 and all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
