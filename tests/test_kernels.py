@@ -54,15 +54,21 @@ def typed(names: str, kind: str) -> dict[str, str]:
 @pytest.mark.parametrize("role", [None, "*i8"])
 def test_choice_can_be_built(block, warps, role):
     types = {"scores": "*fp32", **typed("index place", "*i64"), **typed("tokens leading kept working", "i32")}
-    constants = {"BLOCK": block}
-    (types if role else constants)["role"] = role
+    constants: dict[str, object] = {"BLOCK": block}
+    if role:
+        types["role"] = role
+    else:
+        constants |= {"role": None, "leading": 1}  # Triton takes a one for a constant
+        del types["leading"]
     assert build(kernels.choose_kernel, types, constants, num_warps=warps)
 
 
+@pytest.mark.parametrize("optional", ["residual norm_bias bias", ""])
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
-def test_query_can_be_built(kind):
+def test_query_can_be_built(kind, optional):
     sizes = "images outputs x_token residual_token x_stride residual_stride weight_stride"
-    tensors = typed("x residual norm_weight norm_bias weight bias out", f"*{kind}")
+    tensors = typed(f"x norm_weight weight out {optional}", f"*{kind}")
     types = {**tensors, **typed(sizes, "i32"), "epsilon": "fp32"}
     tiles = {"WIDTH": 384, "IMAGES": 16, "FEATURES": 64, "OUTPUTS": 32}
-    assert build(kernels.norm_linear_kernel, types, tiles)
+    missing = {"residual", "norm_bias", "bias"} - types.keys()
+    assert build(kernels.norm_linear_kernel, types, {**tiles, **dict.fromkeys(missing)})
