@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from idlefx import layouts as lay
-from idlefx import ops
+from idlefx import transfer
 from idlefx.graph import carries_tensors, example_value
 from idlefx.layouts import Dim, Runs
 from idlefx.walk import Cut, Edit, Read, Resize, Walk, refuse
@@ -155,7 +155,7 @@ class Rebuilder:
                         self.graph, aten.repeat_interleave.self_int, index, edit.copies, 0, name=name, like=node
                     )
                 where = (table, index, dim, edit.batch_dim)
-                table = emit(self.graph, ops.take_tokens, *where, name=f"{self.prefix}read", like=node)
+                table = emit(self.graph, transfer.take_tokens, *where, name=f"{self.prefix}read", like=node)
             self._reads[key] = table
         return self._reads[key]
 

@@ -9,7 +9,7 @@
 
 from torch import fx
 
-from idlefx import ops
+from idlefx import transfer
 from idlefx.blocks import Opened, open_block
 from idlefx.graph import by_name, remove_dead
 from idlefx.rebuild import Rebuilder, Subset, emit
@@ -33,7 +33,7 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
     name, entry, like = f"idle_{block.index}_", opened.entry, opened.exit
     index, place = (by_name(graph)[name + part] for part in ("index", "place"))
     dims = (block.token_dim, block.batch_dim)
-    gathered = emit(graph, ops.take_tokens, entry, index, *dims, name=f"{name}gather", like=like)
+    gathered = emit(graph, transfer.take_tokens, entry, index, *dims, name=f"{name}gather", like=like)
     chosen = Subset(index, block.prefix, block.image_positions, step.kept)
     worked = Rebuilder(graph, opened.walk, chosen, {entry: gathered}, name)(opened.exit)
-    return emit(graph, ops.put_tokens, entry, index, worked, *dims, place, name=f"{name}scatter", like=like)
+    return emit(graph, transfer.put_tokens, entry, index, worked, *dims, place, name=f"{name}scatter", like=like)
