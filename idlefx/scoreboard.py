@@ -64,7 +64,8 @@ def summary(benches: Sequence[Bench]) -> str:
                  outcome(dense_ms, other_ms))
             )  # fmt: skip
     table = tabulate(rows, headers=SUMMARY, tablefmt="github", disable_numparse=True)
-    return f"Best compiled against best compiled dense model:\n\n{table}" if rows else ""
+    title = "Best compiled against best compiled dense model (eager where nothing was compiled):"
+    return f"{title}\n\n{table}" if rows else ""
 
 
 def to_json(benches: Sequence[Bench]) -> str:
