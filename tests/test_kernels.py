@@ -4,9 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import models
 import pytest
+import torch
+
+import idlefx
+from idlefx import ops
 
 triton = pytest.importorskip("triton")
 
@@ -35,6 +42,24 @@ def test_choice_is_the_same(differences):
 def test_query_is_the_same_up_to_rounding(differences):
     for kind, bound in {"torch.float32": 1e-5, "torch.float16": 4e-3}.items():
         assert differences["right"]["queries"][kind] < bound < differences["wrong"]["queries"][kind]
+
+
+@pytest.mark.parametrize(
+    ("gradients", "wanted"), [(False, ["norm_linear", "choose_tokens"]), (True, ["choose_tokens"])]
+)
+def test_compiler_sees_them_in_one_graph_for_all_batches(gradients, wanted, monkeypatch):
+    model = models.build("vit")
+    idle, x = idlefx.convert(model, [1, 2], 0.5), models.images(model, 4)
+    expected, seen = idle(x), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        seen.extend(node.target.__name__ for node in graph.graph.nodes if "idlefx" in str(node.target))
+        return lambda *_: (expected,)
+
+    monkeypatch.setattr(ops, "_runs_kernels", lambda _: ops._fusing)
+    with torch.set_grad_enabled(gradients):
+        torch.compile(idle, backend=backend, fullgraph=True, dynamic=True)(x)
+    assert seen == wanted * sum(step.idles for step in idle.plan)
 
 
 def build(kernel, types: dict[str, str], constants: dict[str, object], **options: int) -> bytes:
