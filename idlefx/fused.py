@@ -51,11 +51,13 @@ def norm_linear(
     steps = (0, 0) if residual is None else (residual.stride(dim), residual.stride(1 - dim))
     images, (outputs, width) = x.shape[1 - dim], weight.shape
     out = torch.empty((images, outputs), dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(width)
     # The whole tensors are handed over: a compiler makes copies of parts.
     with torch.cuda.device_of(x):
         wrap_triton(norm_linear_kernel)[(triton.cdiv(images, IMAGES), triton.cdiv(outputs, OUTPUTS))](
             x, residual, norm_weight, norm_bias, weight, bias, out, images, outputs,
             position * x.stride(dim), position * steps[0], x.stride(1 - dim), steps[1], weight.stride(0), epsilon,
-            WIDTH=width, IMAGES=IMAGES, FEATURES=FEATURES, OUTPUTS=OUTPUTS,
+            WIDTH=width, BLOCK=block, IMAGES=IMAGES, FEATURES=FEATURES, OUTPUTS=OUTPUTS,
+            num_warps=4 if block <= 512 else 8,
         )  # fmt: skip
     return out

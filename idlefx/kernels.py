@@ -41,7 +41,7 @@ def choose_kernel(scores, role, index, place, tokens, leading, kept, working, BL
 def norm_linear_kernel(
     x, residual, norm_weight, norm_bias, weight, bias, out, images, outputs,
     x_token, residual_token, x_stride, residual_stride, weight_stride, epsilon,
-    WIDTH: tl.constexpr, IMAGES: tl.constexpr, FEATURES: tl.constexpr, OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, IMAGES: tl.constexpr, FEATURES: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of some images; their statistics are taken anew for each group of outputs, which costs little."""
     image = tl.program_id(0) * IMAGES + tl.arange(0, IMAGES)
@@ -51,23 +51,16 @@ def norm_linear_kernel(
     x += x_token + image * x_stride
     if residual is not None:
         residual += residual_token + image * residual_stride
-    step = tl.arange(0, FEATURES)
 
-    total = tl.zeros((IMAGES, FEATURES), tl.float32)
-    for start in range(0, WIDTH, FEATURES):
-        at = start + step[None, :]
-        total += _load_sum(x, residual, at, here & (at < WIDTH))
-    mean = (tl.sum(total, 1) / WIDTH)[:, None]
-    total = tl.zeros((IMAGES, FEATURES), tl.float32)
-    for start in range(0, WIDTH, FEATURES):
-        at = start + step[None, :]
-        away = _load_sum(x, residual, at, here & (at < WIDTH)) - mean
-        total += tl.where(at < WIDTH, away * away, 0.0)
-    scale = tl.rsqrt(tl.sum(total, 1) / WIDTH + epsilon)[:, None]
+    every = tl.arange(0, BLOCK)[None, :]
+    token = _load_sum(x, residual, every, here & (every < WIDTH))
+    mean = tl.sum(token, 1)[:, None] / WIDTH
+    away = tl.where(every < WIDTH, token - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(away * away, 1)[:, None] / WIDTH + epsilon)
 
     sums = tl.zeros((IMAGES, OUTPUTS), tl.float32)
     for start in range(0, WIDTH, FEATURES):
-        at = start + step
+        at = start + tl.arange(0, FEATURES)
         known = at < WIDTH
         value = _load_sum(x, residual, at[None, :], here & known[None, :])
         value = (value - mean) * scale * tl.load(norm_weight + at, mask=known, other=0.0).to(tl.float32)[None, :]

@@ -89,11 +89,12 @@ def test_choice_can_be_built(block, warps, role):
 
 
 @pytest.mark.parametrize("optional", ["residual norm_bias bias", ""])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
-def test_query_can_be_built(kind, optional):
+@pytest.mark.parametrize(("kind", "width", "warps"), [("fp32", 384, 4), ("bf16", 1024, 8), ("fp16", 1408, 8)])
+def test_query_can_be_built(kind, width, warps, optional):
     sizes = "images outputs x_token residual_token x_stride residual_stride weight_stride"
     tensors = typed(f"x norm_weight weight out {optional}", f"*{kind}")
     types = {**tensors, **typed(sizes, "i32"), "epsilon": "fp32"}
-    tiles = {"WIDTH": 384, "IMAGES": 16, "FEATURES": 64, "OUTPUTS": 32}
+    block = triton.next_power_of_2(width)
+    tiles = {"WIDTH": width, "BLOCK": block, "IMAGES": 16, "FEATURES": 64, "OUTPUTS": 32}
     missing = {"residual", "norm_bias", "bias"} - types.keys()
-    assert build(kernels.norm_linear_kernel, types, {**tiles, **dict.fromkeys(missing)})
+    assert build(kernels.norm_linear_kernel, types, {**tiles, **dict.fromkeys(missing)}, num_warps=warps)
