@@ -26,9 +26,9 @@ def kept(config: Config, keep: dict[int, float]) -> dict[int, int]:
 
 
 def quietly(model: nn.Module, example: Any) -> Any:
-    """A conversion during which a warning is an error."""
+    """A conversion during which a warning is an error, but for those of torch about itself."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         return idlefx.convert(model, list(SOME), list(SOME.values()), schedule="blocks", example_inputs=example)
 
 
