@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idlefx
-from idlefx.module import selections
-from idlefx.scenes import CLASSES
+from idlefx.demo.scenes import CLASSES
+from idlefx.runtime.module import selections
 
 WIDTH, HEADS, DEPTH, GRID, PATCH, REGISTERS = 96, 4, 6, 7, 16, 2
 

@@ -11,10 +11,10 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
 import idlefx
-from idlefx.bench import bench
-from idlefx.data import Glyphs
-from idlefx.models import glyph_vit
-from idlefx.scoreboard import render
+from idlefx.bench.runner import bench
+from idlefx.bench.tables import render
+from idlefx.demo.glyphs import Glyphs
+from idlefx.demo.model import glyph_vit
 
 PICTURE = "quickstart.png"
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from idlefx import IdleModule, convert
-from idlefx.batches import Batches
-from idlefx.data import Glyphs
-from idlefx.files import whole_file
-from idlefx.finetune import finetune
-from idlefx.models import glyph_vit
-from idlefx.module import selections
-from idlefx.settings import Settings
+from idlefx.demo.glyphs import Glyphs
+from idlefx.demo.model import glyph_vit
+from idlefx.runtime.module import selections
+from idlefx.training.config import Settings
+from idlefx.training.loader import Batches
+from idlefx.training.loop import finetune
+from idlefx.utils.files import whole_file
 
 HERE = Path(__file__).parent
 PUBLISHED, EARLY = (3, 6, 9), (2, 4, 6)  # blocks that open a stage: as in the paper, and where idling costs more

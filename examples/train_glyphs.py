@@ -23,9 +23,9 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from idlefx.data import Drawn, Glyphs
-from idlefx.files import whole_file
-from idlefx.models import GLYPH_VIT, glyph_vit
+from idlefx.demo.glyphs import Drawn, Glyphs
+from idlefx.demo.model import GLYPH_VIT, glyph_vit
+from idlefx.utils.files import whole_file
 
 ROUND = 100  # steps whose scenes are drawn at once
 

@@ -1,9 +1,9 @@
 """idlefx: make any trained Vision Transformer cheaper without dropping a token."""
 
-from idlefx.artifacts import Artifact, load, package
-from idlefx.backend import compile
-from idlefx.dynamo import register as _register_backend
-from idlefx.emission import emit
+from idlefx.deploy.artifacts import Artifact, load, package
+from idlefx.deploy.bundle import emit
+from idlefx.deploy.inductor import compile
+from idlefx.deploy.torch_compile import register as _register_backend
 from idlefx.errors import (
     ArtifactError,
     BlockError,
@@ -14,13 +14,13 @@ from idlefx.errors import (
     PlanError,
     UnknownOperation,
 )
-from idlefx.module import IdleModule
-from idlefx.picture import draw
 from idlefx.pipeline import convert, inspect, with_cut_loss
+from idlefx.planning.selectors import selector
 from idlefx.records import Block, BlockTable, Plan, Step
-from idlefx.report import Report, report
-from idlefx.selectors import selector
-from idlefx.versions import VERSION
+from idlefx.reporting.cost_report import Report, report
+from idlefx.reporting.token_map import draw
+from idlefx.runtime.module import IdleModule
+from idlefx.utils.versions import VERSION
 
 __version__ = VERSION
 __all__ = [

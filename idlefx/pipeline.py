@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from idlefx.blocks import find_blocks
+from idlefx.analysis.blocks import find_blocks
+from idlefx.capture.export import Captured, capture
 from idlefx.errors import IdleFxError, PassError
-from idlefx.frontend import Captured, capture
-from idlefx.module import Form, IdleModule
+from idlefx.graph.state import adopt
 from idlefx.passes import (
     add_cut_loss,
     idle_tokens,
@@ -20,10 +20,10 @@ from idlefx.passes import (
     select_tokens,
     shorten_query,
 )  # fmt: skip
-from idlefx.planning import make_plan
+from idlefx.planning.schedule import make_plan
 from idlefx.records import BlockTable, Plan
-from idlefx.tidy import adopt
-from idlefx.verify import promise_of, verify
+from idlefx.rewriting.verify import promise_of, verify
+from idlefx.runtime.module import Form, IdleModule
 
 Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 
@@ -103,7 +103,7 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
         idling blocks. What trains it trains `idle`.
 
     Source:
-        IdleViT, arXiv:2310.05654; `idlefx.losses.token_cut` states the formula.
+        IdleViT, arXiv:2310.05654; `idlefx.runtime.cut_loss.token_cut` states the formula.
     """
     facts = idle.meta["idlefx"]
     forms: dict[fx.Graph, Form] = {}

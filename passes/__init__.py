@@ -2,7 +2,7 @@
 
 A pass is a function `(module, plan) -> module`. It edits the graph in place, keeps no state and prints nothing;
 with an empty plan it changes nothing but the spelling of attention; `add_cut_loss` alone adds an output. Nodes it
-adds carry their example values. It may be run on any module that `idlefx.frontend` captured, and is checked by the
+adds carry their example values. It may be run on any module that `idlefx.capture` captured, and is checked by the
 runner in `idlefx.pipeline`.
 """
 

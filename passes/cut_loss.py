@@ -16,13 +16,13 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import treespec_leaf, treespec_tuple
 
-from idlefx import losses
-from idlefx.anchors import Core
-from idlefx.blocks import image_input, open_block
-from idlefx.graph import by_name, output_of
-from idlefx.heads import Head
-from idlefx.rebuild import emit
+from idlefx.analysis.attention import Core
+from idlefx.analysis.blocks import image_input, open_block
+from idlefx.graph.build import emit
+from idlefx.graph.queries import by_name, output_of
 from idlefx.records import Plan
+from idlefx.rewriting.selector_head import Head
+from idlefx.runtime.cut_loss import token_cut
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def add_cut_loss(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 head = Head(graph, block, opened)
                 pairs = [_pair(head, core, block.affine and not core.scalings) for core in opened.cores]
                 queries, keys = (_joined(head, list(parts)) for parts in zip(*pairs, strict=True))
-                found.append(head.emit(losses.token_cut, queries, keys, index, block.prefix, name="cut"))
+                found.append(head.emit(token_cut, queries, keys, index, block.prefix, name="cut"))
     _return_too(graph, found)
     return module
 

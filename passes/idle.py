@@ -2,18 +2,20 @@
 
 1. The chosen tokens are taken from the residual stream: `idle_<block>_gather`.
 2. The block is copied onto them. What it reads by token position is taken at the same positions, and every size
-   that counts tokens is written anew, both as `axes` proved them.
+   that counts tokens is written anew, both as `propagation` proved them.
 3. The result is put back into the stream: `idle_<block>_scatter` stands for the block's exit everywhere.
 4. The dense blocks are removed, once all are rewritten: until then the positions of the others look unread.
 """
 
 from torch import fx
 
-from idlefx import transfer
-from idlefx.blocks import Opened, open_block
-from idlefx.graph import by_name, remove_dead
-from idlefx.rebuild import Rebuilder, Subset, emit
+from idlefx.analysis.blocks import Opened, open_block
+from idlefx.analysis.subset import Subset
+from idlefx.graph.build import emit
+from idlefx.graph.queries import by_name, remove_dead
 from idlefx.records import Block, Plan, Step
+from idlefx.rewriting.rebuilder import Rebuilder
+from idlefx.runtime import gather_scatter
 
 
 def idle_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -33,7 +35,7 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
     name, entry, like = f"idle_{block.index}_", opened.entry, opened.exit
     index, place = (by_name(graph)[name + part] for part in ("index", "place"))
     dims = (block.token_dim, block.batch_dim)
-    gathered = emit(graph, transfer.take_tokens, entry, index, *dims, name=f"{name}gather", like=like)
+    gathered = emit(graph, gather_scatter.take_tokens, entry, index, *dims, name=f"{name}gather", like=like)
     chosen = Subset(index, block.prefix, block.image_positions, step.kept)
     worked = Rebuilder(graph, opened.walk, chosen, {entry: gathered}, name)(opened.exit)
-    return emit(graph, transfer.put_tokens, entry, index, worked, *dims, place, name=f"{name}scatter", like=like)
+    return emit(graph, gather_scatter.put_tokens, entry, index, worked, *dims, place, name=f"{name}scatter", like=like)

@@ -4,7 +4,7 @@
 2. A product with an outside matrix becomes a linear layer; `baddbmm` becomes a batched product and a sum.
 3. An operation that overwrites a tensor nobody else holds becomes the one that makes a new tensor.
 4. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
-5. What does not fit these rules stays, for `axes` to accept or to refuse.
+5. What does not fit these rules stays, for `propagation` to accept or to refuse.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from idlefx import layouts as lay
-from idlefx.graph import Call, image_data, remove_dead
-from idlefx.rebuild import emit
+from idlefx.graph.build import emit
+from idlefx.graph.queries import Call, image_data, remove_dead
+from idlefx.graph.sizes import shape_of
 from idlefx.records import Plan
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def _product(graph: fx.Graph, node: Call) -> fx.Node | None:
             operand = emit(graph, aten.flatten.using_ints, operand, *ends, name="einsum_merge", like=node)
         return operand
 
-    widths = [lay.sizes(operands[1].meta["val"])[b.index(c)] for c in right]
+    widths = [shape_of(operands[1])[b.index(c)] for c in right]
     first = arranged(operands[0], a, [*stack, *left, *summed], summed)
     second = arranged(operands[1], b, [*stack, *summed, *right], summed)
     if len(right) > 1:

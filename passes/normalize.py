@@ -8,9 +8,9 @@
 import torch
 from torch import fx
 
-from idlefx.anchors import Spelling, match
-from idlefx.graph import remove_dead
-from idlefx.rebuild import emit
+from idlefx.analysis.attention import Spelling, match
+from idlefx.graph.build import emit
+from idlefx.graph.queries import remove_dead
 from idlefx.records import Plan
 
 aten = torch.ops.aten

@@ -8,11 +8,12 @@
 import torch
 from torch import fx
 
-from idlefx import ops
-from idlefx.graph import Call, by_name, remove_dead, shape_of
-from idlefx.rebuild import emit
+from idlefx.analysis.walk import argument
+from idlefx.graph.build import emit
+from idlefx.graph.queries import Call, by_name, remove_dead
+from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Plan
-from idlefx.walk import argument
+from idlefx.runtime import ops
 
 aten = torch.ops.aten
 

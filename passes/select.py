@@ -10,10 +10,10 @@ import operator
 
 from torch import fx
 
-from idlefx import ops
-from idlefx.blocks import open_block
-from idlefx.heads import Head
+from idlefx.analysis.blocks import open_block
 from idlefx.records import Plan
+from idlefx.rewriting.selector_head import Head
+from idlefx.runtime import ops
 
 
 def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:

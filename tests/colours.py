@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import idlefx
-from idlefx.batches import Batches
-from idlefx.settings import Settings
+from idlefx.training.config import Settings
+from idlefx.training.loader import Batches
 
 CLASSES, SIDE = 4, 16
 PLAIN = Settings(epochs=2, lr=1e-3, mixup=0.0, cutmix=0.0, smoothing=0.0)

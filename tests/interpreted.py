@@ -9,9 +9,9 @@ import random
 
 import torch
 
-from idlefx import fused, ops
+from idlefx.runtime import ops, triton_ops
 
-fused.wrap_triton = lambda kernel: kernel  # it takes no interpreted ones before torch 2.15
+triton_ops.wrap_triton = lambda kernel: kernel  # it takes no interpreted ones before torch 2.15
 KINDS = (torch.float32, torch.float16)  # the interpreter multiplies no bfloat16
 
 

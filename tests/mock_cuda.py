@@ -30,8 +30,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget
 
 import idlefx
-from idlefx import ops, transfer
-from idlefx.parity import example_of
+from idlefx.deploy.parity import example_of
+from idlefx.runtime import gather_scatter, ops
 
 BATCH, TOKENS, WIDTH, KEPT, DEPTH = 8, 197, 384, 137, 3
 aten = torch.ops.aten
@@ -175,7 +175,7 @@ def gradients(x: Tensor, index: Tensor, grad: Tensor) -> Any:
     """What autograd does to a block between taking and putting."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        out = transfer.put_tokens(x, index, transfer.take_tokens(x, index).sin())
+        out = gather_scatter.put_tokens(x, index, gather_scatter.take_tokens(x, index).sin())
     return torch.autograd.grad(out, x, grad)
 
 

@@ -7,7 +7,7 @@ from models import SMALL, build, images
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import idlefx
-from idlefx.parity import TOLERANCE, check_parity, example_of
+from idlefx.deploy.parity import TOLERANCE, check_parity, example_of
 
 
 @pytest.fixture

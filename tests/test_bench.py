@@ -11,12 +11,12 @@ from models import build, images
 from torch import Tensor, nn
 
 from idlefx import __main__ as shell
-from idlefx import contest, stopwatch
-from idlefx.bench import Bench, bench
+from idlefx.bench import case, timer
+from idlefx.bench.baselines import Peer
+from idlefx.bench.results import Timing, outcome
+from idlefx.bench.runner import Bench, bench
+from idlefx.bench.tables import render, to_json, verdict
 from idlefx.errors import InputError
-from idlefx.peers import Peer
-from idlefx.scoreboard import render, to_json, verdict
-from idlefx.timings import Timing, outcome
 
 CASE = Case((1, 2), 0.5)
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ COMMAND = [
 def test_models_take_turns_and_each_opens_a_round_now_and_then():
     order: list[str] = []
     samples: list[list[float]] = []
-    stopwatch.race([lambda: order.append("a"), lambda: order.append("b")], CPU, samples, 0.0, rounds=4)
+    timer.race([lambda: order.append("a"), lambda: order.append("b")], CPU, samples, 0.0, rounds=4)
     assert order == ["a", "b", "b", "a"] * 2
     assert len(samples) == 4 and all(len(row) == 2 for row in samples)
 
@@ -61,7 +61,7 @@ def test_peak_memory_is_what_is_there_and_what_a_call_adds_at_most():
             second = first + there
             del first, second
 
-    assert stopwatch.peak_mib(run, CPU, [there, there[:5]]) == pytest.approx(3, abs=0.01)
+    assert timer.peak_mib(run, CPU, [there, there[:5]]) == pytest.approx(3, abs=0.01)
 
 
 def test_peak_memory_of_a_backward_pass_is_followed_into_its_thread():
@@ -71,7 +71,7 @@ def test_peak_memory_of_a_backward_pass_is_followed_into_its_thread():
         (weight.exp() * 2).exp().sum().backward()
         weight.grad = None
 
-    assert 3 <= stopwatch.peak_mib(run, CPU, [weight]) <= 6
+    assert 3 <= timer.peak_mib(run, CPU, [weight]) <= 6
 
 
 def test_training_step_is_timed_with_its_memory_and_changes_nobody():
@@ -179,7 +179,7 @@ def test_interrupted_bench_keeps_finished_rounds(monkeypatch, tmp_path, capsys):
             raise KeyboardInterrupt
         return 1.0
 
-    monkeypatch.setattr(stopwatch, "time_ms", time_ms)
+    monkeypatch.setattr(timer, "time_ms", time_ms)
     target = tmp_path / "bench.json"
     assert shell.main([*COMMAND, "--seconds", "60", "--json", str(target)]) == 130
     (entry,) = json.loads(target.read_text())["benches"]
@@ -233,7 +233,7 @@ def test_peer_that_does_not_compile_is_skipped_and_the_rest_goes_on(monkeypatch)
             raise TypeError("cannot trace it")
         return model
 
-    monkeypatch.setattr(contest.torch, "compile", compile)
+    monkeypatch.setattr(case.torch, "compile", compile)
     found = quick(modes=["eager", "default"], peers=[Peer("other", nn.Sequential(dense), 0.004)])
     assert {t.mode: set(t.ms) for t in found.timings} == {
         "eager": {"dense", "idle", "other"},

@@ -15,13 +15,13 @@ from colours import CLASSES, PLAIN, SIDE, Colours, batches, models, vit
 from test_refusals import says
 
 import idlefx
-from idlefx import checkpoints
-from idlefx.batches import Batches
-from idlefx.ends import tap
-from idlefx.finetune import evaluate, finetune
-from idlefx.metrics import COLUMNS, Metrics
-from idlefx.settings import Settings
-from idlefx.training import LOSSES
+from idlefx.training import checkpoints
+from idlefx.training.config import Settings
+from idlefx.training.feature_taps import tap
+from idlefx.training.loader import Batches
+from idlefx.training.loop import evaluate, finetune
+from idlefx.training.metric_log import COLUMNS, Metrics
+from idlefx.training.trainer import LOSSES
 
 # Everything random is on: order, noise, dropout, mixup, cutmix; and everything with a state: momentum, averaging.
 RANDOM = Settings(epochs=2, lr=1e-3, warmup=0.2, accumulate=2)

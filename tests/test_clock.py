@@ -10,9 +10,10 @@ from models import build, images
 
 import idlefx
 from idlefx import __main__ as shell
-from idlefx.clock import BlockTimes, measure_times, read_times, size_of, times_to_json, token_counts
+from idlefx.bench.block_latency import measure_times, token_counts
 from idlefx.errors import InputError, PlanError
-from idlefx.module import selections
+from idlefx.reporting.latency import BlockTimes, read_times, size_of, times_to_json
+from idlefx.runtime.module import selections
 
 CASE = Case((1, 3), 0.5)
 OPTIONS = ["--example-shape", "2,3,48,48", "--layers", "1", "3", "--keep", "0.5"]

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import fx, nn
 
 import idlefx
-from idlefx.module import selections
+from idlefx.runtime.module import selections
 
 HALF = Case((1, 3), 0.5)
 DROPOUTS = {

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import idlefx
-from idlefx import layouts as lay
-from idlefx import losses
-from idlefx.module import selections
+from idlefx.graph.sizes import number
+from idlefx.runtime.module import selections
+from idlefx.training import losses
 
 HALF, LAST = Case((1, 3), 0.5), Case((1,), 0.5)
 EXTRA = {
@@ -245,7 +245,7 @@ def check_no_map_for_each_head(student: Any, x: Tensor, heads: int, tokens: int)
         for node in graph.nodes:
             for value in tree_leaves(node.meta.get("val")):
                 if isinstance(value, Tensor):
-                    assert math.prod(lay.number(size, 1) for size in value.shape) < a_map_each, node.name
+                    assert math.prod(number(size, 1) for size in value.shape) < a_map_each, node.name
     with Largest() as largest:
         output, loss = student(x[:1])
         (output.square().mean() + loss).backward()

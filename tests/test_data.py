@@ -13,11 +13,12 @@ from timm.data import create_loader, resolve_model_data_config
 from torch.utils.data import DataLoader, Dataset
 
 import idlefx
-from idlefx.data import CLASSES, SPLITS, Glyphs
+from idlefx.capture.inputs import guess_inputs
+from idlefx.capture.models import load_model
+from idlefx.demo.glyphs import CLASSES, SPLITS, Glyphs
+from idlefx.demo.model import GLYPH_VIT, glyph_vit
+from idlefx.demo.scenes import FACES, MARKS, _bitmap
 from idlefx.errors import InputError
-from idlefx.inputs import guess_inputs
-from idlefx.models import GLYPH_VIT, glyph_vit, load_model
-from idlefx.scenes import FACES, MARKS, _bitmap
 
 SAMPLE = 48
 
@@ -239,6 +240,6 @@ def test_shipped_model_idles():
 
 
 def test_missing_weights_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("idlefx.models.GLYPH_VIT", tmp_path / "absent.safetensors")
+    monkeypatch.setattr("idlefx.demo.model.GLYPH_VIT", tmp_path / "absent.safetensors")
     with pytest.raises(InputError, match=r"absent\.safetensors"):
         glyph_vit()

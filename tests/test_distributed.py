@@ -13,12 +13,13 @@ import torch
 from colours import CLASSES, PLAIN, Colours, folder, vit
 
 import idlefx
-from idlefx.batches import Batches
-from idlefx.ends import tap
-from idlefx.finetune import evaluate, main
+from idlefx.cli.finetune import main
 from idlefx.pipeline import spell
-from idlefx.processes import World, processes
-from idlefx.training import Training
+from idlefx.training.distributed import World, processes
+from idlefx.training.feature_taps import tap
+from idlefx.training.loader import Batches
+from idlefx.training.loop import evaluate
+from idlefx.training.trainer import Training
 
 PROCESSES, IMAGES, TO_LOOK_AT = 2, 8, 25
 
@@ -30,8 +31,11 @@ def training(world, accumulate):
     with torch.no_grad():
         for parameter in idle.parameters():
             parameter.add_(0.01)  # so that there is something to learn from the teacher
-    student, teacher = tap(idlefx.with_cut_loss(idle).train()), tap(spell(idlefx.frontend.capture(dense).eval_graph))
-    settings = idlefx.settings.Settings(**{**vars(PLAIN), "accumulate": accumulate, "clip": 0.0, "w_cut": 20.0})
+    student, teacher = (
+        tap(idlefx.with_cut_loss(idle).train()),
+        tap(spell(idlefx.capture.export.capture(dense).eval_graph)),
+    )
+    settings = idlefx.training.config.Settings(**{**vars(PLAIN), "accumulate": accumulate, "clip": 0.0, "w_cut": 20.0})
     batch_size = IMAGES // (world.size * accumulate)
     return Training(idle.eval(), student, teacher, settings, steps=1, batch_size=batch_size, world=world)
 

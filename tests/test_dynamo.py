@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import idlefx
-from idlefx import dynamo
+from idlefx.deploy import torch_compile
 
 OPTIONS = {"layers": [1, 3], "keep": 0.5, "schedule": "blocks"}
 
@@ -33,7 +33,7 @@ def graphs(monkeypatch):
         seen.append(module)
         return module
 
-    monkeypatch.setattr(dynamo, "compile_graph", keep)
+    monkeypatch.setattr(torch_compile, "compile_graph", keep)
     return seen
 
 
@@ -132,7 +132,7 @@ def test_own_selector_is_used(graphs):
 
 
 def test_options_are_those_of_convert(graphs):
-    known = {each.name for each in dataclasses.fields(dynamo.Options)}
+    known = {each.name for each in dataclasses.fields(torch_compile.Options)}
     assert known == inspect.signature(idlefx.convert).parameters.keys() - {"model", "example_inputs", "copy"}
     model, options, x = build("vit"), {**OPTIONS, "multiple_of": 8}, torch.randn(2, 3, 48, 48)
     assert torch.allclose(compiled(model, options)(x), idlefx.convert(model, **options)(x), atol=1e-5)

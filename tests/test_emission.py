@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 
 import idlefx
-from idlefx import InputError, emission
+from idlefx import InputError
+from idlefx.deploy import bundle
 
 TESTS = Path(__file__).parent
 FILES = {"model.pt2", "weights.safetensors", "plan.json", "report.md", "tokens.png", "finetune.py"}
@@ -31,7 +32,7 @@ def converted(**options):
 @pytest.fixture
 def quick(monkeypatch):
     """Without compiling an artifact."""
-    monkeypatch.setattr(emission, "package", lambda idle, path, **_: path.write_bytes(b"artifact"))
+    monkeypatch.setattr(bundle, "package", lambda idle, path, **_: path.write_bytes(b"artifact"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_a_failure_leaves_nothing_behind(monkeypatch, tmp_path):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(emission, "package", full)
+    monkeypatch.setattr(bundle, "package", full)
     with pytest.raises(InputError, match="No space left on device; name another directory"):
         idlefx.emit(converted(), tmp_path / "vit", model="colours:vit")
     assert list(tmp_path.iterdir()) == []

@@ -20,14 +20,15 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 import idlefx
-from idlefx.batches import Batches
-from idlefx.ends import class_count, has_features, tap, token_parameters
-from idlefx.finetune import evaluate, finetune, main
-from idlefx.metrics import Metrics
-from idlefx.processes import World, processes
-from idlefx.settings import Settings
-from idlefx.sources import Source, open_batches
-from idlefx.training import LOSSES
+from idlefx.cli.finetune import main
+from idlefx.training.config import Settings
+from idlefx.training.datasets import Source, open_batches
+from idlefx.training.distributed import World, processes
+from idlefx.training.feature_taps import class_count, has_features, tap, token_parameters
+from idlefx.training.loader import Batches
+from idlefx.training.loop import evaluate, finetune
+from idlefx.training.metric_log import Metrics
+from idlefx.training.trainer import LOSSES
 
 ALONE = Settings(epochs=5, lr=3e-3, mixup=0.0, cutmix=0.0, smoothing=0.0, w_cut=0.0, w_kd=0.0, w_feat=0.0)
 TRAIN_IMAGES = 120
@@ -138,7 +139,7 @@ def test_resuming_nothing_is_refused_in_a_line(tmp_path, capsys):
 
 
 def test_without_arguments_a_trained_model_is_tuned_on_scenes_that_are_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("idlefx.sources.GLYPHS_VAL", 96)
+    monkeypatch.setattr("idlefx.training.datasets.GLYPHS_VAL", 96)
     assert main(["--steps", "2", "--batch-size", "16", "--out", str(tmp_path / "run")]) == 0
     told = capsys.readouterr().out
     assert float(re.search(r"dense +([\d.]+) %", told)[1]) > 60, told

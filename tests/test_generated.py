@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten
 
 import idlefx
 from idlefx import pipeline
-from idlefx.frontend import capture
-from idlefx.module import selections
+from idlefx.capture.export import capture
+from idlefx.runtime.module import selections
 
 PARTS = 4  # of the examples, so that they can run side by side
 REASONS = {

@@ -7,7 +7,7 @@ import torch
 from models import build, images
 
 import idlefx
-from idlefx import ops
+from idlefx.runtime import ops
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import idlefx
-from idlefx import ops
+from idlefx.runtime import ops
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from idlefx import kernels  # noqa: E402
+from idlefx.runtime import triton_kernels  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_choice_can_be_built(block, warps, role):
     else:
         constants |= {"role": None, "leading": 1}  # Triton takes a one for a constant
         del types["leading"]
-    assert build(kernels.choose_kernel, types, constants, num_warps=warps)
+    assert build(triton_kernels.choose_kernel, types, constants, num_warps=warps)
 
 
 @pytest.mark.parametrize("optional", ["residual norm_bias bias", ""])
@@ -97,4 +97,4 @@ def test_query_can_be_built(kind, width, warps, optional):
     block = triton.next_power_of_2(width)
     tiles = {"WIDTH": width, "BLOCK": block, "IMAGES": 16, "FEATURES": 64, "OUTPUTS": 32}
     missing = {"residual", "norm_bias", "bias"} - types.keys()
-    assert build(kernels.norm_linear_kernel, types, {**tiles, **dict.fromkeys(missing)}, num_warps=warps)
+    assert build(triton_kernels.norm_linear_kernel, types, {**tiles, **dict.fromkeys(missing)}, num_warps=warps)

@@ -7,9 +7,9 @@ import torch
 from models import build, images
 
 import idlefx
-from idlefx import ops
-from idlefx.__main__ import main
-from idlefx.onnx_export import _sort
+from idlefx.cli.main import main
+from idlefx.deploy.onnx import _sort
+from idlefx.runtime import ops
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -73,7 +73,7 @@ def test_onnxruntime_that_cannot_run_it_is_a_refusal(tmp_path):
 
 
 def test_shell_packages(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("idlefx.__main__.load_model", lambda *_, **__: build("vit", depth=2))
+    monkeypatch.setattr("idlefx.cli.main.load_model", lambda *_, **__: build("vit", depth=2))
     command = ["convert", "--model", "vit", "--layers", "1", "--package"]
     assert main([*command, str(tmp_path / "m.onnx"), "--batch", "2", "4"]) == 0
     assert capsys.readouterr().out.strip().endswith("m.onnx") and (tmp_path / "m.onnx").exists()

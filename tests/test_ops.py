@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlefx import ops, transfer
+from idlefx.runtime import gather_scatter, ops
 
 DIMS = [(1, 0, 3), (0, 1, 3), (2, 1, 4), (1, 3, 4)]
 
@@ -44,26 +44,28 @@ def test_taking_and_putting_are_indexing(dim, batch_dim, rank, batch):
     shape[dim], shape[batch_dim] = 7, batch
     x = torch.randn(shape)
     index = torch.stack([torch.randperm(7)[:4].sort().values for _ in range(batch)])
-    taken = transfer.take_tokens(x, index, dim, batch_dim)
+    taken = gather_scatter.take_tokens(x, index, dim, batch_dim)
     for image in range(batch):
         wanted = x.select(batch_dim, image).index_select(dim - (batch_dim < dim), index[image])
         assert torch.equal(taken.select(batch_dim, image), wanted)
-    put = transfer.put_tokens(x, index, taken + 1, dim, batch_dim)
-    assert torch.equal(transfer.take_tokens(put, index, dim, batch_dim), taken + 1)
+    put = gather_scatter.put_tokens(x, index, taken + 1, dim, batch_dim)
+    assert torch.equal(gather_scatter.take_tokens(put, index, dim, batch_dim), taken + 1)
     assert torch.equal(
-        put - x != 0, transfer.put_tokens(torch.zeros_like(x), index, torch.ones_like(taken), dim, batch_dim) > 0
+        put - x != 0, gather_scatter.put_tokens(torch.zeros_like(x), index, torch.ones_like(taken), dim, batch_dim) > 0
     )
 
 
 def test_a_table_without_a_batch_serves_every_image():
     table, index = torch.arange(10.0).view(1, 5, 2), torch.tensor([[0, 2], [1, 4]])
-    assert torch.equal(transfer.take_tokens(table, index), table[0][index])
+    assert torch.equal(gather_scatter.take_tokens(table, index), table[0][index])
 
 
 def test_gradients_of_idle_tokens_pass_and_those_of_working_tokens_go_through_the_block():
     x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     index = torch.tensor([[0, 3], [1, 2]])
-    assert torch.autograd.gradcheck(lambda t: transfer.put_tokens(t, index, transfer.take_tokens(t, index).sin()), x)
+    assert torch.autograd.gradcheck(
+        lambda t: gather_scatter.put_tokens(t, index, gather_scatter.take_tokens(t, index).sin()), x
+    )
 
 
 def test_mean_leaves_the_prefix_out():

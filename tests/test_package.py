@@ -12,8 +12,8 @@ from models import build, images
 from safetensors.torch import load_file, save_file
 
 import idlefx
-from idlefx import artifacts
-from idlefx.manifest import KEY
+from idlefx.deploy import artifacts
+from idlefx.deploy.manifest import KEY
 
 CLASSES = [f"class {index}" for index in range(10)]
 ALONE = """

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import idlefx
 from idlefx import __main__ as shell
-from idlefx.chart import figure, plot, points
+from idlefx.bench.baselines import make_peer, open_peers
+from idlefx.bench.plot import figure, plot, points
+from idlefx.bench.results import Bench, Timing
+from idlefx.bench.tables import summary
 from idlefx.errors import InputError
-from idlefx.peers import make_peer, open_peers
-from idlefx.scoreboard import summary
-from idlefx.timings import Bench, Timing
 
 PATCH = """
 def apply_patch(model):

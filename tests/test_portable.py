@@ -10,10 +10,10 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import idlefx
-from idlefx.artifacts import Artifact
-from idlefx.manifest import manifest_of
-from idlefx.portable import port
-from idlefx.structures import describe
+from idlefx.deploy.artifacts import Artifact
+from idlefx.deploy.io_schema import describe
+from idlefx.deploy.manifest import manifest_of
+from idlefx.deploy.program import port
 
 
 class Pair(NamedTuple):

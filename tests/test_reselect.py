@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import idlefx
 from idlefx import __main__ as shell
-from idlefx.module import selections
-from idlefx.ops import choose_tokens
+from idlefx.runtime.module import selections
+from idlefx.runtime.ops import choose_tokens
 
 FALLING = Case((0, 2), (0.7, 0.4))
 

@@ -6,7 +6,7 @@ from cases import Case, convert, converted, random_case, relative_error, same_se
 from models import DEPTH, MODELS, build, image_tokens, images
 
 import idlefx
-from idlefx.module import selections
+from idlefx.runtime.module import selections
 
 EVERY_BLOCK = tuple(range(DEPTH))
 

@@ -15,7 +15,7 @@ from test_generated import check, convert, error_of
 from torch import Tensor, nn
 
 import idlefx
-from idlefx import ops
+from idlefx.runtime import ops
 
 SOME = {0: 0.5, 2: 0.3}
 SQUARE = Config(collision="all", prefix=0, head="mean", grid=(8, 8))

@@ -7,10 +7,10 @@ from torch import fx
 
 import idlefx
 from idlefx import pipeline
-from idlefx.frontend import capture
-from idlefx.planning import make_plan
+from idlefx.capture.export import capture
+from idlefx.planning.schedule import make_plan
 from idlefx.records import Plan
-from idlefx.verify import promise_of, verify
+from idlefx.rewriting.verify import promise_of, verify
 
 aten = torch.ops.aten
 

@@ -10,10 +10,11 @@ import reference
 import torch
 from models import MODELS
 
-from idlefx import zoo, zoo_reference
-from idlefx.__main__ import main
+from idlefx.cli.main import main
 from idlefx.pipeline import convert, inspect
-from idlefx.zoo_models import DEPTH, QUICK, Entry, entries
+from idlefx.zoo import reference as zoo_reference
+from idlefx.zoo import survey as zoo
+from idlefx.zoo.models import DEPTH, QUICK, Entry, entries
 
 PLAIN = partial(models.build, "vit")
 

@@ -1,0 +1,231 @@
+"""Find transformer blocks: around each attention core, the region that its residual connections close.
+
+No class, module or attribute name is looked at: `residuals` finds where blocks begin and end, `propagation` follows the
+tokens through them, `prefix_tokens` tells which tokens are not of the image.
+"""
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.attention import Core, find_cores
+from idlefx.analysis.macs import count_macs
+from idlefx.analysis.prefix_tokens import class_token, prefix_positions, read_by_head
+from idlefx.analysis.projections import projection
+from idlefx.analysis.propagation import follow
+from idlefx.analysis.residuals import Trunk, find_trunks
+from idlefx.analysis.subset import Subset
+from idlefx.analysis.walk import Walk
+from idlefx.errors import BlockError, InputError, UnknownOperation
+from idlefx.graph.queries import (
+    by_name,
+    common_path,
+    data_flow,
+    dominator_chain,
+    leaks,
+    placeholders,
+    region,
+    source_line,
+    value,
+)
+from idlefx.graph.sizes import number, shape_of
+from idlefx.records import Block, BlockTable
+
+aten = torch.ops.aten
+
+
+def image_input(graph: fx.Graph) -> fx.Node:
+    """The input that the tokens are made of: the largest one of floating point."""
+    inputs = [p for p in placeholders(graph) if (v := value(p)) is not None and v.is_floating_point()]
+    if not inputs:
+        raise BlockError("blocks: the model has no input of floating point, so no image to take tokens from")
+    return max(inputs, key=lambda p: math.prod(shape_of(p)))
+
+
+def find_blocks(module: fx.GraphModule, prefix: int | Sequence[int] | None = None) -> BlockTable:
+    """The table of all blocks, those that cannot idle with the reason why.
+
+    Args:
+        module: A captured model whose attention is normalised.
+        prefix: How many leading tokens, or which positions, are prefix tokens; found if None.
+
+    Raises:
+        BlockError: There is no attention, or none that is added back to a residual stream.
+    """
+    graph = module.graph
+    source = image_input(graph)
+    flow = data_flow(graph, source)
+    cores = [core for core in find_cores(graph) if core.out in flow]
+    if not cores:
+        raise BlockError(
+            "blocks: the model has no attention that idlefx recognises; it converts Vision Transformers, "
+            "whose attention is scaled_dot_product_attention or softmax(q @ k) @ v"
+        )
+    trunks = find_trunks(flow, source, cores)
+    if not trunks:
+        raise BlockError("blocks: no attention of the model is added back to a residual stream, so nothing can idle")
+    blocks: list[Block] = []
+    known: dict[fx.Node, fx.Node] = {}
+    for trunk in trunks:
+        blocks.append(_describe(flow, trunk, len(blocks), known, prefix))
+        known[trunk.exit] = trunk.entry
+    return BlockTable(tuple(_with_class_token(graph, blocks, prefix is not None)), count_macs(graph.nodes))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A block as nodes of a graph, followed and ready to be rebuilt."""
+
+    entry: fx.Node
+    exit: fx.Node
+    cores: tuple[Core, ...]
+    nodes: list[fx.Node]
+    walk: Walk
+    flow: nx.DiGraph
+
+    def dominators(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes of the block that everything reaching `node` passes, from the nearest."""
+        return [n for n in dominator_chain(self.flow, image_input(node.graph), node) if n in self.walk]
+
+
+def open_block(graph: fx.Graph, block: Block) -> Opened:
+    """Find the nodes of a block of the table and follow the tokens through them."""
+    names = by_name(graph)
+    entry, leave = names[block.entry], names[block.exit]
+    flow = data_flow(graph, image_input(graph))
+    nodes = region(flow, entry, leave)
+    walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dim, block.batch_dim)})
+    cores = tuple(core for core in find_cores(graph) if core.out.name in block.cores)
+    return Opened(entry, leave, cores, nodes, walk, flow)
+
+
+def _describe(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, fx.Node], prefix: Any) -> Block:
+    nodes = region(flow, trunk.entry, trunk.exit)
+    stream, query = (shape_of(node) for node in (trunk.entry, trunk.cores[0].query))
+    spelled = sorted({core.name for core in trunk.cores})
+    block = Block(
+        index=index,
+        path=common_path(nodes),
+        entry=trunk.entry.name,
+        exit=trunk.exit.name,
+        cores=tuple(core.out.name for core in trunk.cores),
+        width=stream[-1],
+        heads=query[1] if len(query) == 4 else 1,
+        head_width=query[-1],
+        attention=(f"{len(trunk.cores)} x " if len(trunk.cores) > 1 else "") + "/".join(spelled),
+        macs=count_macs(nodes),
+        parameters=_parameters(flow, nodes),
+    )
+    try:
+        token_dim, batch_dim, walk = _find_axes(trunk, nodes)
+    except UnknownOperation as refusal:
+        return replace(block, refusal=str(refusal))
+    tokens = stream[token_dim]
+    positions = _given(prefix, tokens) if prefix is not None else prefix_positions(flow, trunk.entry, token_dim, known)
+    layout = walk[trunk.cores[0].query]
+    block = replace(
+        block,
+        tokens=tokens,
+        token_dim=token_dim,
+        batch_dim=batch_dim,
+        prefix=positions,
+        width=next(size for d, size in enumerate(stream) if d not in (token_dim, batch_dim)),
+        heads=lay.heads(layout),
+        affine=all(_is_affine(walk, core) for core in trunk.cores),
+    )
+    return replace(block, refusal=_cannot_be_cut(walk, block))
+
+
+def _is_affine(walk: Walk, core: Core) -> bool:
+    same = lay.heads(walk[core.query]) == lay.heads(core.key_layout(walk[core.key]))  # no keys shared among heads
+    return same and all(projection(walk, node, up_to_scale=True) for node in (core.query, core.key))
+
+
+def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:
+    """Entries of all parameters that the nodes read, directly or through something computed from parameters."""
+    seen, stack = set[fx.Node](), list(nodes)
+    while stack:
+        new = {i for i in stack.pop().all_input_nodes if i not in flow and i.op != "placeholder"} - seen
+        seen |= new
+        stack += new
+    root = nodes[0].graph.owning_module
+    found = {str(n.target) for n in seen if n.op == "get_attr"}
+    return sum(p.numel() for name, p in root.named_parameters() if name in found) if root is not None else 0
+
+
+def _given(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
+    try:
+        positions = tuple(sorted(set(map(operator.index, prefix if isinstance(prefix, Iterable) else range(prefix)))))
+    except TypeError as error:
+        raise InputError(f"blocks: prefix={prefix!r} is neither a number of leading tokens nor positions") from error
+    if not all(0 <= p < tokens for p in positions) or len(positions) >= tokens:
+        raise InputError(f"blocks: prefix={prefix} does not fit {tokens} tokens; give their number or their positions")
+    return positions
+
+
+def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
+    """Which dimension holds the tokens: the one that every core attends over and that comes out where it went in."""
+    shape = trunk.entry.meta["val"].shape
+    if len(shape) != 3:
+        raise UnknownOperation(
+            f"the residual stream has {len(shape)} dimensions instead of batch, tokens and features "
+            f"(at {source_line(trunk.entry)})"
+        )
+    if leaking := leaks(nodes, trunk.exit):
+        raise UnknownOperation(
+            f"`{leaking[0].name}` inside the block is read outside of it (at {source_line(leaking[0])})"
+        )
+    symbolic = [d for d, s in enumerate(shape) if number(s, 2) != number(s, 3)]
+    refusals = []
+    for batch_dim in symbolic or [0, 1]:
+        for token_dim in [d for d in range(2) if d != batch_dim] + [2]:
+            layout = lay.stream(shape_of(trunk.entry), token_dim, batch_dim)
+            try:
+                walk = follow(nodes, {trunk.entry: layout})
+            except UnknownOperation as refusal:
+                refusals.append(refusal)
+                continue
+            if walk[trunk.exit] == layout:
+                return token_dim, batch_dim, walk
+    raise refusals[0] if refusals else UnknownOperation("the tokens leave the block in another order")
+
+
+def _cannot_be_cut(walk: Walk, block: Block) -> str:
+    """Why the block cannot run on some of its tokens, found by trying every edit without making it."""
+    if block.image_tokens < 2:
+        return "it has no image tokens to choose from"
+    subset = Subset(None, block.prefix, block.image_positions, 1)
+    try:
+        for node, edits in walk.edits.items():
+            for edit in edits:
+                subset.check(node, edit)
+    except UnknownOperation as refusal:
+        return str(refusal)
+    return ""
+
+
+def _with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) -> Iterable[Block]:
+    """Add which prefix token the head reads, as far as the token sequence stays the same up to the head."""
+    last = next((b for b in reversed(blocks) if b.tokens), None)
+    if last is None:
+        return blocks
+    leave = by_name(graph)[last.exit]
+    nodes = list(graph.nodes)
+    after = nodes[nodes.index(leave) + 1 :]
+    reads = read_by_head(after, leave, lay.stream(shape_of(leave), last.token_dim, last.batch_dim))
+    strange = [min(one) for one in reads if len(one) == 1 and not one <= set(last.prefix)]
+    if strange and not prefix_given:
+        reason = (
+            f"the head reads token {strange[0]} alone, but images flow into it before the first block, so it may be "
+            "no prefix token; say which tokens are, with prefix="
+        )
+        return [b if b.refusal or b.tokens != last.tokens else replace(b, refusal=reason) for b in blocks]
+    token = class_token(last.prefix, reads)
+    return [replace(b, class_token=token if token in b.prefix else None) for b in blocks]

@@ -1,0 +1,74 @@
+"""Count multiply-adds on a graph: one multiply-add counts as one."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from idlefx.graph.sizes import ONE_IMAGE, shape_of
+from idlefx.runtime import ops
+
+aten = torch.ops.aten
+
+
+def _linear(node: fx.Node) -> int:
+    return _size(node) * _shape(node.args[1])[-1]
+
+
+def _product(node: fx.Node) -> int:
+    return _size(node) * _shape(node.args[0])[-1]
+
+
+def _query(node: fx.Node) -> int:
+    return _size(node) * _shape(node.args[6])[-1]
+
+
+def _added_product(node: fx.Node) -> int:
+    return _size(node) * _shape(node.args[1])[-1]
+
+
+def _attention(node: fx.Node) -> int:
+    query, key, value = (_shape(a) for a in node.args[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _convolution(node: fx.Node) -> int:
+    return _size(node) * math.prod(_shape(node.args[1])[1:])
+
+
+def _shape(node: Any) -> list[int]:
+    return shape_of(node, ONE_IMAGE)
+
+
+def _size(node: fx.Node) -> int:
+    return math.prod(_shape(node))
+
+
+# Element-wise work, normalisation and softmax are not counted, as is the custom of the field.
+FORMULAS: dict[Any, Callable[[fx.Node], int]] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _product,
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
+    aten.mv.default: _product,
+    aten.addmm.default: _added_product,
+    aten.baddbmm.default: _added_product,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv2d.padding: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.scaled_dot_product_attention.default: _attention,
+    ops.norm_linear: _query,
+    ops.score_tokens: _product,
+}
+
+
+def count_macs(nodes: Iterable[fx.Node]) -> int:
+    """Multiply-adds of the nodes for a batch of one image.
+
+    Linear layers, matrix products and convolutions cost the size of their output times the length of what is
+    summed; attention of H heads, N queries and M keys costs `H * N * M * (D_qk + D_v)`.
+    """
+    return sum(FORMULAS[node.target](node) for node in nodes if node.target in FORMULAS)

@@ -1,0 +1,140 @@
+"""Which tokens are prefix tokens, and which of them the head reads."""
+
+from collections.abc import Iterable, Mapping
+
+import networkx as nx
+import torch
+from torch import fx
+
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.layouts import Layout
+from idlefx.analysis.propagation import follow
+from idlefx.analysis.rules.registry import rule_of
+from idlefx.analysis.walk import Walk, argument
+from idlefx.errors import UnknownOperation
+from idlefx.graph.queries import Call, dominator_chain, region, value
+from idlefx.graph.sizes import FREE_BATCH, plain_shape, shape_of
+
+aten = torch.ops.aten
+_ROWWISE = (aten.layer_norm.default, aten.rms_norm.default, aten.linear.default, aten.dropout.default,
+            aten.contiguous.default, aten.clone.default, aten.detach.default, aten.to.dtype,
+            aten._to_copy.default)  # fmt: skip
+
+
+def prefix_positions(flow: nx.DiGraph, stream: fx.Node, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> tuple[int, ...]:
+    """The positions along `dim` of the residual stream that no image flows into.
+
+    Args:
+        flow: The data flow from the image.
+        stream: Where a block begins.
+        dim: The token dimension there.
+        blocks: Exits of earlier blocks and their entries: a block mixes tokens but does not move them.
+    """
+    return tuple(i for i, from_image in enumerate(_from_image(flow, stream, dim, blocks)) if not from_image)
+
+
+def _from_image(flow: nx.DiGraph, node: Call, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> list[bool]:
+    tensor = value(node)
+    assert tensor is not None
+    dim %= tensor.ndim
+    count = plain_shape(tensor)[dim]
+    if node not in flow:
+        return [False] * count
+    if node in blocks:
+        return _from_image(flow, blocks[node], dim, blocks)
+    target, args = node.target, node.args
+    if target is aten.cat.default and (args[1] if len(args) > 1 else 0) % tensor.ndim == dim:
+        return [from_image for piece in args[0] for from_image in _from_image(flow, piece, dim, blocks)]
+    if target is aten.cat.default:
+        pieces = [_from_image(flow, piece, dim, blocks) for piece in args[0]]
+        return [any(column) for column in zip(*pieces, strict=True)]
+    if target is aten.transpose.int:
+        order = list(range(tensor.ndim))
+        a, b = args[1:3]
+        order[a], order[b] = order[b], order[a]
+        return _from_image(flow, args[0], order[dim], blocks)
+    if target is aten.permute.default:
+        return _from_image(flow, args[0], args[1][dim], blocks)
+    if target is aten.slice.Tensor:
+        given, cut = _from_image(flow, args[0], dim, blocks), slice(*(argument(node, i, "") for i in (2, 3, 4)))
+        return given[cut] if argument(node, 1, "dim", 0) % tensor.ndim == dim else given
+    before = _before_rowwise(flow, node, dim) if sum(i in flow for i in node.all_input_nodes) > 1 else None
+    if before is not None:
+        return _from_image(flow, before, dim, blocks)
+    if target in _ROWWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
+        operands = [_operand(flow, i, tensor.ndim, dim, count, blocks) for i in node.all_input_nodes if i in flow]
+        return [any(column) for column in zip(*operands, strict=True)]
+    return [True] * count
+
+
+def _before_rowwise(flow: nx.DiGraph, node: fx.Node, dim: int) -> fx.Node | None:
+    """Where a region in front of `node` begins that works on each token by itself, such as an MLP and its sum."""
+    source = next(n for n in flow if flow.in_degree(n) == 0)
+    shape = shape_of(node)
+    start = next(
+        (n for n in dominator_chain(flow, source, node) if value(n) is not None and shape_of(n) == shape), None
+    )
+    if start is None or FREE_BATCH not in shape or len(shape) != 3:
+        return None
+    nodes = region(flow, start, node)
+    mixing = (aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default)
+    layout = lay.stream(shape, dim, shape.index(FREE_BATCH))
+    try:
+        walk = follow(nodes, {start: layout})
+    except UnknownOperation:
+        return None
+    return start if walk[node] == layout and not any(n.target in mixing for n in nodes) else None
+
+
+def _operand(
+    flow: nx.DiGraph, node: Call, rank: int, dim: int, count: int, blocks: Mapping[fx.Node, fx.Node]
+) -> list[bool]:
+    tensor = value(node)
+    if tensor is None:
+        return [False] * count
+    at = dim - rank + tensor.ndim
+    if at < 0 or plain_shape(tensor)[at] != count:
+        return [True] * count
+    return _from_image(flow, node, at, blocks)
+
+
+def read_by_head(after: Iterable[Call], stream: fx.Node, layout: Layout) -> list[set[int]]:
+    """Sets of token positions that what follows the last block reads together.
+
+    Args:
+        after: The nodes after the last block, in graph order.
+        stream: The exit of the last block.
+        layout: Its layout.
+    """
+    walk = Walk({stream: layout})
+    found: list[set[int]] = []
+    for node in after:
+        own = [i for i in node.all_input_nodes if i in walk]
+        if not own:
+            continue
+        try:
+            walk.layouts[node] = rule_of(node)(walk, node)
+            if node.target is aten.select.int and node in walk.edits:
+                axis = walk[own[0]][node.args[1]][0]
+                place = node.args[2] % axis.size
+                found.append(_positions(lay.cut(axis.runs, place, place + 1)))
+        except UnknownOperation:
+            layouts = [walk[i] for i in own if not isinstance(i.meta["val"], (list, tuple))]
+            found += [_positions(f.runs) for one in layouts for dim in one for f in dim if f.role == "tokens"]
+    return found
+
+
+def _positions(runs: lay.Runs) -> set[int]:
+    return {p for start, stop in runs for p in range(start, stop)}
+
+
+def class_token(prefix: tuple[int, ...], reads: list[set[int]]) -> int | None:
+    """The first prefix token that the head reads on its own; none where it reads image tokens only.
+
+    Where the head reads the whole sequence, nothing tells the prefix tokens apart: the first one it is.
+    """
+    alone = [positions for positions in reads if positions and positions <= set(prefix)]
+    if alone:
+        return min(min(positions) for positions in alone)
+    whole = any(set(prefix) & positions for positions in reads)
+    return prefix[0] if prefix and (whole or not reads) else None

@@ -1,0 +1,143 @@
+"""Find queries and keys that are plain views of one linear layer's output.
+
+Where both are, the mean logit of one query on all tokens is a dot product with one vector: the keys of all
+tokens need never be computed.
+"""
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.layouts import Layout
+from idlefx.analysis.walk import Walk
+from idlefx.graph.queries import Call
+from idlefx.graph.sizes import FREE_BATCH, SMALL_BATCH, number, shape_of
+
+aten = torch.ops.aten
+
+VIEWS = {
+    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
+    aten.unbind.int, aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.chunk.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims,
+    aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, operator.getitem,
+}  # fmt: skip
+# The numbers are not laid out in memory as the features were, so that a view may need to be a copy.
+_FREE = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Features that are rows of one linear layer, in the order of heads and head features.
+
+    Attributes:
+        linear: The linear node; its input holds (batch, tokens, features) in any order with features last.
+        start: First row.
+        groups: How many runs of rows there are.
+        stride: Rows from one run to the next.
+        width: Rows of a run.
+        factor: What the features were multiplied with since.
+    """
+
+    linear: fx.Node
+    start: int
+    groups: int
+    stride: int
+    width: int
+    factor: float = 1.0
+
+    @property
+    def rows(self) -> tuple[int, int, int, int]:
+        """What `ops.take_rows` wants to know."""
+        return self.start, self.groups, self.stride, self.width
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all rows of the layer, in order."""
+        return self.rows[:2] == (0, 1) and self.width == shape_of(self.linear)[-1]
+
+
+def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Projection | None:
+    """The linear layer that `node` is a view of, found by sending row numbers through the views.
+
+    Args:
+        walk: Layouts of the block.
+        node: Queries or keys with a token axis of their own.
+        up_to_scale: Look through products with a positive number, which order the logits as before; their product
+            is the `factor`.
+    """
+    if isinstance(node.meta["val"], (list, tuple)):
+        return None
+    path: list[Call] = []
+    current: Call = node
+    factor = 1.0
+    while current.target in VIEWS or (up_to_scale and _is_scaling(current)):
+        if not _is_scaling(current):
+            path.append(current)
+        else:
+            factor *= current.args[1] if current.target is aten.mul.Tensor else 1 / current.args[1]
+        current = current.all_input_nodes[0]
+    if current.target is not aten.linear.default or current not in walk or node not in walk:
+        return None
+    if not _plain_rows(walk[current]) or _tokens(walk[current]) != _tokens(walk[node]):
+        return None
+    shape = shape_of(current, SMALL_BATCH)
+    numbers: Any = torch.arange(shape[-1]).expand(shape)
+    for step in reversed(path):
+        args, kwargs = _with_numbers(step, numbers)
+        numbers = _FREE.get(step.target, step.target)(*args, **kwargs)
+    if math.prod(f.size for dim in walk[node] for f in dim if f.role == "batch") != FREE_BATCH:
+        return None  # the batch of the block is not that of the image, or is fixed
+    found = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH))
+    return found and replace(found, factor=factor)
+
+
+def _with_numbers(step: Call, numbers: Any) -> tuple[Any, Any]:
+    """A view's arguments, its tensor replaced by the numbers and every free size by that of the small batch."""
+    given = step.all_input_nodes[0]
+    return map_arg((step.args, step.kwargs), lambda n: numbers if n is given else number(n, SMALL_BATCH))
+
+
+def _is_scaling(node: fx.Node) -> bool:
+    factor = node.args[1] if len(node.args) > 1 else None
+    return node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(factor, (int, float)) and factor > 0
+
+
+def _plain_rows(layout: Layout) -> bool:
+    """Whether a layout is the batch and the tokens, each on an axis of its own, and features last."""
+    roles = [dim[0].role if len(dim) == 1 else "?" for dim in layout]
+    return len(roles) == 3 and roles[2] == "" and {"batch", "tokens"} == set(roles[:2])
+
+
+def _tokens(layout: Layout) -> list[lay.Factor]:
+    return [f for dim in layout for f in dim if f.role == "tokens"]
+
+
+def _by_token(tensor: torch.Tensor, layout: Layout, batch: int) -> torch.Tensor:
+    """Bring a tensor of any layout to (batch, tokens, features)."""
+    factors = [f for dim in layout for f in dim]
+    shape = [batch if f.role == "batch" else f.size for f in factors]
+    order = sorted(range(len(factors)), key=lambda i: ("batch", "tokens", "").index(factors[i].role))
+    return tensor.reshape(shape).permute(order).flatten(2)
+
+
+def _pattern(linear: fx.Node, rows: torch.Tensor) -> Projection | None:
+    first = rows[0, 0]
+    if not bool((rows == first).all()):
+        return None
+    breaks = ((first[1:] - first[:-1]) != 1).nonzero().flatten() + 1
+    width = int(breaks[0]) if len(breaks) else len(first)
+    if len(first) % width:
+        return None
+    starts = first.view(-1, width)[:, 0]
+    groups = len(starts)
+    stride = int(starts[1] - starts[0]) if groups > 1 else width
+    regular = starts[0] + torch.arange(groups)[:, None] * stride + torch.arange(width)
+    if not torch.equal(regular.flatten(), first):
+        return None
+    return Projection(linear, int(starts[0]), groups, stride, width)

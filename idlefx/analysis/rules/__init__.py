@@ -1,0 +1,1 @@
+"""The rules by which the token axis is followed, by operation."""

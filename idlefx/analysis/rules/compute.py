@@ -1,0 +1,168 @@
+"""Rules for what computes: tokens pass one by one, but for attention, where they meet."""
+
+import torch
+
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.layouts import Layout
+from idlefx.analysis.rules.registry import rule
+from idlefx.analysis.walk import Walk, argument, broadcast, dimension, need_features, read_by_position, refuse, sizes_of
+from idlefx.graph.queries import Call
+
+aten = torch.ops.aten
+
+
+# One tensor in, the same layout out.
+
+
+@rule(
+    aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default,
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default,
+    aten.bernoulli_.float, aten.zeros_like.default, aten.ones_like.default, aten.dropout_.default,
+)  # fmt: skip
+def same(walk: Walk, node: Call) -> Layout:
+    """Nothing moves."""
+    first = node.args[0]
+    return walk[first] if first in walk else tuple(lay.features(s) for s in sizes_of(node))
+
+
+@rule(aten.layer_norm.default, aten.rms_norm.default)
+def normalize(walk: Walk, node: Call) -> Layout:
+    """Statistics over the trailing dimensions."""
+    layout = walk[node.args[0]]
+    rank = len(layout)
+    need_features(node, layout, range(rank - len(node.args[1]), rank), "normalises")
+    return layout
+
+
+@rule(aten.batch_norm.default)
+def batch_norm(walk: Walk, node: Call) -> Layout:
+    """Recorded statistics are a scale per feature; those of train mode are taken over the tokens."""
+    layout = walk[node.args[0]]
+    if node.args[5]:
+        refuse(node, "takes statistics over the tokens")
+    need_features(node, layout, [1], "scales")
+    return layout
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
+def softmax(walk: Walk, node: Call) -> Layout:
+    """Over features; or over the keys of an attention map, which has queries on another token axis."""
+    layout = walk[node.args[0]]
+    dim = dimension(node, node.args[1], len(layout))
+    if not (lay.is_tokens(layout[dim]) and sum(lay.is_tokens(d) for d in layout) == 2):
+        need_features(node, layout, [dim], "takes a softmax")
+    return layout
+
+
+# Several tensors, broadcast.
+
+
+@rule(torch.Tag.pointwise)
+def pointwise(walk: Walk, node: Call) -> Layout:
+    """Any operation that torch tags as pointwise."""
+    return broadcast(walk, node, node.all_input_nodes, len(sizes_of(node)))
+
+
+# Products and statistics.
+
+
+@rule(aten.linear.default)
+def linear(walk: Walk, node: Call) -> Layout:
+    """Contract the last dimension with outside weights."""
+    x = node.args[0]
+    if x not in walk or any(w in walk for w in node.args[1:]):
+        refuse(node, "takes its weights from the image")
+    need_features(node, walk[x], [len(walk[x]) - 1], "contracts")
+    return (*walk[x][:-1], lay.features(sizes_of(node)[-1]))
+
+
+@rule(aten.addmm.default)
+def addmm(walk: Walk, node: Call) -> Layout:
+    """A product with an outside matrix, plus an outside bias per feature."""
+    bias, x, weight = node.args[:3]
+    if x not in walk or weight in walk or bias in walk or len(sizes_of(bias)) > 1:
+        refuse(node, "takes its weights from the image")
+    need_features(node, walk[x], [1], "contracts")
+    return (walk[x][0], lay.features(sizes_of(node)[1]))
+
+
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def matmul(walk: Walk, node: Call) -> Layout:
+    """Contract features; or the keys of an attention map with their values."""
+    a, b = node.args[:2]
+    if b not in walk:
+        return _outside_product(walk, node, a, b)
+    if a not in walk:
+        refuse(node, "multiplies tokens with an outside matrix from the left")
+    left, right = walk[a], walk[b]
+    if len(left) != len(right) or any(x and y and x != y for x, y in zip(left[:-2], right[:-2], strict=True)):
+        refuse(node, "multiplies tensors that are laid out differently")
+    is_map = lay.is_tokens(left[-1]) and lay.is_tokens(left[-2]) and right[-2] == left[-1]
+    if not is_map:
+        need_features(node, left, [len(left) - 1], "contracts")
+        need_features(node, right, [len(right) - 2], "contracts")
+    stack = tuple(x or y for x, y in zip(left[:-2], right[:-2], strict=True))
+    return (*stack, left[-2], right[-1])
+
+
+def _outside_product(walk: Walk, node: Call, a: Call, b: Call) -> Layout:
+    given, layout = sizes_of(b), walk[a]
+    need_features(node, layout, [len(layout) - 1], "contracts")
+    if len(given) > len(layout) or any(
+        s != 1 and lay.has(layout[d - len(given)], "tokens", "batch") for d, s in enumerate(given[:-2])
+    ):
+        refuse(node, "multiplies with a stack of outside matrices")
+    return layout[:-1] if len(given) == 1 else (*layout[:-1], lay.features(given[-1]))
+
+
+@rule(
+    aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.var.dim,
+    aten.std.dim, aten.std.correction, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
+)  # fmt: skip
+def reduce(walk: Walk, node: Call) -> Layout:
+    """A statistic over features."""
+    layout = walk[node.args[0]]
+    at = 2 if node.target in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim) else 1
+    given = argument(node, at, "dim")
+    wanted = range(len(layout)) if given is None else [given] if isinstance(given, int) else given
+    dims = {dimension(node, d, len(layout)) for d in wanted}
+    need_features(node, layout, dims, "takes a statistic")
+    if len(sizes_of(node)) == len(layout):
+        return tuple(() if d in dims else dim for d, dim in enumerate(layout))
+    return tuple(dim for d, dim in enumerate(layout) if d not in dims)
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def attention(walk: Walk, node: Call) -> Layout:
+    """The one place where tokens are mixed: over all tokens of the sequence, in one order."""
+    q, k, v = node.args[:3]
+    if not all(operand in walk for operand in (q, k, v)):
+        refuse(node, "takes queries, keys or values from outside the block")
+    query, key, val = walk[q], walk[k], walk[v]
+    if not (lay.is_tokens(query[-2]) and lay.is_tokens(key[-2]) and val[-2] == key[-2]):
+        refuse(node, "does not attend over the token axis")
+    if lay.has((*query[-1], *key[-1], *val[-1]), "tokens", "batch"):
+        refuse(node, "has tokens or the batch among its features")
+    mask = argument(node, 3, "attn_mask")
+    scores = (*query[:-1], key[-2])
+    if mask in walk:
+        broadcast(walk, node, [mask], len(scores))
+    elif mask is not None:
+        read_by_position(walk, node, mask, scores)
+    return (*query[:-1], val[-1])
+
+
+@rule(aten.conv1d.default)
+def convolution(walk: Walk, node: Call) -> Layout:
+    """One token at a time if the kernel covers one; else it mixes neighbours."""
+    layout, weight = walk[node.args[0]], node.args[1]
+    if sizes_of(weight)[2] != 1 or sizes_of(node)[2] != lay.size(layout[2]):
+        refuse(node, "convolves over neighbouring tokens")
+    need_features(node, layout, [1], "contracts")
+    return (layout[0], lay.features(sizes_of(node)[1]), layout[2])
+
+
+@rule(aten.conv2d.default, aten.conv2d.padding)
+def convolution_2d(walk: Walk, node: Call) -> Layout:
+    """A grid of patches, whose neighbours are mixed."""
+    return refuse(node, "convolves over neighbouring tokens")

@@ -1,0 +1,147 @@
+"""What following the token axis through a region finds out: layouts, and what must change for fewer tokens."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from torch import fx
+
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.layouts import Dim, Layout, Runs
+from idlefx.errors import UnknownOperation
+from idlefx.graph.queries import Call, source_line, value
+from idlefx.graph.sizes import plain_shape
+
+
+@dataclass(frozen=True)
+class Read:
+    """An operand from outside the region that is read by token position: take the working tokens' part.
+
+    Attributes:
+        operand: The outside node.
+        dims: Pairs of an output dimension and the runs of tokens along it.
+        rank: Rank of the output that the operand is broadcast to.
+        batch_dim: Where the output's batch stands.
+        copies: How many entries of that dimension belong to one image, where heads are merged into the batch.
+    """
+
+    operand: fx.Node
+    dims: tuple[tuple[int, Runs], ...]
+    rank: int
+    batch_dim: int
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A size given as a literal: argument `arg`, entry `entry`, is the size of `dim`."""
+
+    arg: int
+    entry: int
+    dim: Dim
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Bounds on the token axis: argument `arg` is a place along an axis made of `runs`."""
+
+    arg: int
+    place: int
+    runs: Runs
+
+
+Edit = Read | Resize | Cut
+
+
+@dataclass
+class Walk:
+    """The state of following one region: layouts found, and edits needed, by node."""
+
+    layouts: dict[fx.Node, Any]
+    edits: dict[fx.Node, list[Edit]] = field(default_factory=dict)
+
+    def __getitem__(self, node: Any) -> Layout:
+        layout: Layout = self.layouts[node]
+        return layout
+
+    def __contains__(self, node: Any) -> bool:
+        return node in self.layouts
+
+    def edit(self, node: Call, *edits: Edit) -> None:
+        """Note what must change at a node."""
+        self.edits.setdefault(node, []).extend(edits)
+
+
+def refuse(node: Call, reason: str) -> NoReturn:
+    """Refuse a node, naming the operation and the user's line."""
+    raise UnknownOperation(f"{node.target} {reason} (at {source_line(node)})")
+
+
+def dimension(node: Call, dim: Any, rank: int) -> int:
+    """A dimension argument as a number from 0."""
+    if not isinstance(dim, int):
+        refuse(node, f"has a dimension {dim} that is no constant")
+    return dim % rank
+
+
+def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
+    """An argument of a node, given by position or by keyword."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def sizes_of(node: Call) -> list[int]:
+    """The shape of a node's tensor as plain numbers."""
+    tensor = value(node)
+    if tensor is None:
+        refuse(node, "carries no tensor")
+    return plain_shape(tensor)
+
+
+def need_features(node: Call, layout: Layout, dims: Iterable[int], does: str) -> None:
+    """Refuse what a node does if it does it over tokens or over the batch."""
+    for d in dims:
+        if lay.has(layout[d], "tokens"):
+            refuse(node, f"{does} over the token axis outside attention")
+        if lay.has(layout[d], "batch"):
+            refuse(node, f"{does} over the batch")
+
+
+def broadcast(walk: Walk, node: Call, operands: Iterable[Any], rank: int) -> Layout:
+    """The common layout of operands that are broadcast together, their outside parts noted as reads."""
+    own = [o for o in operands if o in walk]
+    result: list[Dim] = []
+    for d in range(rank):
+        dims = _one_batch({walk[o][d - rank] for o in own if len(walk[o]) >= rank - d} - {()})
+        if len(dims) > 1:
+            refuse(node, "combines tokens with something that is not laid out like them")
+        result.append(dims.pop() if dims else ())
+    for operand in operands:
+        if isinstance(operand, fx.Node) and operand not in walk and value(operand) is not None:
+            read_by_position(walk, node, operand, tuple(result))
+            given = sizes_of(operand)
+            for d in range(rank - len(given), rank):
+                result[d] = result[d] or lay.features(given[d - rank])
+    return tuple(result)
+
+
+def _one_batch(dims: set[Dim]) -> set[Dim]:
+    """Where a trace fixed the batch, the size of noise for each image does not say so; what it is added to does."""
+    batch = next((dim for dim in dims if len(dim) == 1 and dim[0].role == "batch"), None)
+    return {batch if batch is not None and dim == lay.features(lay.size(batch)) else dim for dim in dims}
+
+
+def read_by_position(walk: Walk, node: Call, operand: fx.Node, output: Layout, skip: int | None = None) -> None:
+    """Note which dimensions of an outside operand run along tokens of the output it is broadcast to."""
+    given, rank = sizes_of(operand), len(output)
+    dims = []
+    for d in range(max(rank - len(given), 0), rank):
+        if given[d - rank] != 1 and lay.has(output[d], "tokens") and d != skip:
+            if not lay.is_tokens(output[d]):
+                refuse(node, f"reads `{operand.name}` by position along an axis that tokens share")
+            dims.append((d, output[d][0].runs))
+    if dims:
+        batch = next((d for d, dim in enumerate(output) if dim and dim[0].role == "batch"), None)
+        if batch is None or lay.has(output[batch], "tokens"):
+            refuse(node, f"reads `{operand.name}` by position where the batch has no axis of its own")
+        copies = lay.size(output[batch][1:])
+        walk.edit(node, Read(operand, tuple(dims), rank, batch, copies))

@@ -1,0 +1,1 @@
+"""Timing dense against idling models. Imports pipeline and below; not deploy, training or zoo."""

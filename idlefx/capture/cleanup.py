@@ -1,0 +1,112 @@
+"""Make an exported program a plain graph module that holds the model's own state.
+
+1. Guards and assertions of the trace are left out.
+2. A part that ran under `torch.no_grad` is written into the graph, its results detached.
+3. A mask that no input decides and that masks nothing is left out, also where it is added to a bias: Hugging Face
+   models build one only while being traced, and fast attention takes none.
+4. Parameters and buffers are the model's objects under the model's names, the unused ones too.
+"""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from idlefx.graph.queries import Call, carries_tensors, remove_dead
+from idlefx.graph.sizes import SMALL_BATCH, number
+from idlefx.graph.state import adopt
+
+aten = torch.ops.aten
+
+
+def tidy(exported: nn.Module, model: nn.Module) -> fx.GraphModule:
+    """A plain module from what `ExportedProgram.module()` gives."""
+    graph: Any = exported.graph
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default or node.target == "_guards_fn":
+            graph.erase_node(node)
+        elif node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+            _inline(exported, node)
+    _drop_masks(graph)
+    remove_dead(graph)
+    module = fx.GraphModule(exported, graph, type(model).__name__)
+    adopt(module, model)
+    return module
+
+
+def _inline(owner: nn.Module, node: Call) -> None:
+    enabled, part, *inputs = node.args
+    inner: Any = owner.get_submodule(part.target).graph
+    holders = [n for n in inner.nodes if n.op == "placeholder"]
+    mapping = dict(zip(holders, inputs, strict=True))
+    with node.graph.inserting_before(node):
+        results = node.graph.graph_copy(inner, mapping)
+        results = list(results) if isinstance(results, (list, tuple)) else [results]
+        if not enabled:
+            results = [_detached(node.graph, r) for r in results]
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return node
+    found = graph.call_function(aten.detach.default, (node,))
+    found.meta = dict(node.meta)
+    return found
+
+
+def _drop_masks(graph: fx.Graph) -> None:
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        while mask is not None and (kept := _without_idle_part(mask, order)) is not mask:
+            mask = kept
+        if len(node.args) > 3:
+            node.args = (*node.args[:3], mask, *node.args[4:])
+        elif "attn_mask" in node.kwargs:
+            node.kwargs = {**node.kwargs, "attn_mask": mask}
+
+
+def _without_idle_part(mask: Call, order: dict[Call, int]) -> Call | None:
+    """The mask, or what is left of it if it, or a summand of it, masks nothing."""
+    if _masks_nothing(mask, order):
+        return None
+    if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in mask.args[:2]):
+        a, b = mask.args[:2]
+        if _masks_nothing(b, order):
+            return a
+        if _masks_nothing(a, order):
+            return b
+    return mask
+
+
+def _masks_nothing(mask: Call, order: dict[Call, int]) -> bool:
+    value = _constant(mask, order)
+    return value is not None and bool(value.all() if value.dtype == torch.bool else (value == 0).all())
+
+
+def _constant(node: Call, order: dict[Call, int]) -> Any:
+    """The value of a node that only sizes decide, for a batch of two; None if an input or a parameter does."""
+    needed, stack = set[Call](), [node]
+    while stack:
+        current = stack.pop()
+        if current in needed or not carries_tensors(current):
+            continue
+        random = torch.Tag.nondeterministic_seeded in getattr(current.target, "tags", ())
+        if current.op != "call_function" or random or len(needed) > 200:
+            return None
+        needed.add(current)
+        stack += current.all_input_nodes
+    values: dict[Call, Any] = {}
+    for current in sorted(needed, key=order.__getitem__):
+        given = (current.args, current.kwargs)
+        args, kwargs = map_arg(given, lambda n: values[n] if n in values else number(n, SMALL_BATCH))
+        values[current] = current.target(*args, **kwargs)
+    return values[node]

@@ -1,0 +1,212 @@
+"""Capture: a module and example inputs become an ATen graph whose batch is free."""
+
+import contextlib
+import copy
+import inspect as pyinspect
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from idlefx.capture.cleanup import tidy
+from idlefx.capture.inputs import guess_inputs, known_facts
+from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
+
+Args = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A traced model.
+
+    Attributes:
+        eval_graph: What the model does in eval mode.
+        train_graph: What it does in train mode; the same object where the mode makes no difference.
+        training: The mode the model was in.
+        facts: `image_size` of the example; `data` and `classes` where known (`inputs.known_facts`); `batch_free`.
+    """
+
+    eval_graph: fx.GraphModule
+    train_graph: fx.GraphModule
+    training: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = True) -> Captured:
+    """Trace a model in eval mode, and in train mode too where that differs.
+
+    Args:
+        model: Any module; it stays in the mode it is in.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed if missing.
+        copy_model: Trace a deep copy, so that nothing is shared with the model.
+
+    Raises:
+        InputError: Weights or example inputs that cannot be run.
+        CaptureError: torch.export cannot trace the model.
+    """
+    _check_weights(model)
+    inputs, facts = _normal_inputs(model, example_inputs)
+    target = copy.deepcopy(model) if copy_model else model
+    modes = {module: module.training for module in model.modules()}
+    try:
+        eval_graph, batch_free = _trace(target.eval(), inputs)
+        train_graph = eval_graph
+        if _mode_matters(target, inputs):
+            train_graph, train_free = _trace(target.train(), inputs)
+            batch_free = batch_free and train_free
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not batch_free:
+        warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=3)
+    return Captured(eval_graph, train_graph, model.training, {**facts, "batch_free": batch_free})
+
+
+def _check_weights(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"capture: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise InputError(f"capture: `{name}` is lazy and has no shape yet; run the model once, then convert it")
+        if tensor.is_meta:
+            raise InputError(f"capture: `{name}` is on the meta device and has no values; load its weights first")
+
+
+def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, dict[str, Any]]:
+    if example is None:
+        example = guess_inputs(model)[0]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example, torch.Tensor):
+        args = (example,)
+    elif isinstance(example, Mapping):
+        kwargs = dict(example)
+    elif isinstance(example, (tuple, list)):
+        args = tuple(example)
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
+    if not tensors:
+        raise InputError(
+            "capture: example_inputs holds no tensor with a batch; give a tensor, a tuple of positional or a dict "
+            f"of keyword inputs (got {type(example).__name__})"
+        )
+    home = next((t.device for t in [*model.parameters(), *model.buffers()]), tensors[0].device)
+    for tensor in tensors:
+        if tensor.device != home:
+            raise InputError(
+                f"capture: an example input is on {tensor.device}, the model on {home}; move one to the other"
+            )
+    image = max(tensors, key=lambda t: t.numel())
+    if image.shape[0] == 1:  # torch.export treats a size of one as a constant
+        doubled = lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t  # noqa: E731
+        args, kwargs = tree_map_only(torch.Tensor, doubled, (args, kwargs))
+    size = tuple(image.shape[1:])
+    return (args, kwargs), {"image_size": size, **known_facts(model, size)}
+
+
+def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
+    """The graph and whether its batch is free; strict tracing keeps `len(x)` free where the other does not."""
+    failures: list[Exception] = []
+    for strict, batch_free in ((False, True), (True, True), (False, False)):
+        # A failed attempt leaves the tensors it was given marked as dynamic: each gets its own.
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
+        shapes = _free_batch(model, inputs) if batch_free else None
+        try:
+            with quiet():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
+                return tidy(program.module(check_guards=False), model), batch_free
+        except Exception as error:  # torch.export raises many kinds; the first is the one to report
+            failures.append(error)
+    raise _explain(model, inputs, failures[0])
+
+
+def _free_batch(model: nn.Module, inputs: Args) -> dict[str, Any]:
+    args, kwargs = inputs
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.ndim]
+    batch = max(tensors, key=lambda t: t.numel()).shape[0]
+
+    def free(leaf: Any) -> Any:
+        has_batch = isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == batch
+        return {0: torch.export.Dim.DYNAMIC} if has_batch else None
+
+    bound = pyinspect.signature(model.forward).bind(*args, **kwargs)
+    return {name: torch.utils._pytree.tree_map(free, value) for name, value in bound.arguments.items()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's own logs: what went wrong is said once, in our words."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _explain(model: nn.Module, inputs: Args, error: Exception) -> IdleFxError:
+    """Tell a model that does not run on its example from one that runs but cannot be traced."""
+    args, kwargs = inputs
+    shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as eager:
+        refusal: IdleFxError = InputError(
+            f"capture: the model itself fails on example inputs of shape {shapes}: {first_line(eager)} "
+            f"(at {_own_line(eager)}); pass example_inputs that it accepts"
+        )
+        refusal.__cause__ = eager
+        return refusal
+    refusal = CaptureError(
+        f"capture: torch.export cannot trace the model: {first_line(error)} (at {_own_line(error)}); "
+        "a forward without control flow on tensor values (use torch.where), `.item()` and side effects usually helps"
+    )
+    refusal.__cause__ = error
+    return refusal
+
+
+def _own_line(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown line"
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down every operation with its settings, but not its data."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stream: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        settings = tree_map_only(torch.Tensor, lambda t: tuple(t.shape), (args, kwargs or {}))
+        self.stream.append(f"{func} {settings}")
+        return func(*args, **(kwargs or {}))
+
+
+def _mode_matters(model: nn.Module, inputs: Args) -> bool:
+    """Whether train and eval mode run different operations, found by running both."""
+    args, kwargs = inputs
+    streams = []
+    for training in (False, True):
+        # Cloned buffers: batch norms in train mode write their statistics.
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.no_grad(), torch.random.fork_rng(devices), _Recorder() as recorder:
+            try:
+                functional_call(model.train(training), buffers, args, kwargs)
+            except Exception as error:
+                raise _explain(model, inputs, error) from error
+        streams.append(recorder.stream)
+    return streams[0] != streams[1]

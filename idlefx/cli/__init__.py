@@ -1,0 +1,1 @@
+"""The shell commands; all argument parsing is here. Imports everything but the doors."""

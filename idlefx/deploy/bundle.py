@@ -1,0 +1,214 @@
+"""All that a converted model needs to be used, fine-tuned and judged, in one directory."""
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import safetensors.torch
+import torch
+from matplotlib import cbook
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from idlefx.capture.inputs import EXAMPLE_BATCH, MODES, guess_inputs
+from idlefx.capture.models import load_model
+from idlefx.deploy.artifacts import package
+from idlefx.deploy.parity import check_parity, example_of
+from idlefx.errors import InputError, PassError, first_line
+from idlefx.pipeline import convert
+from idlefx.planning.selectors import AUTO, find_selector
+from idlefx.reporting.cost_report import report
+from idlefx.reporting.images import Photo
+from idlefx.reporting.token_map import draw
+from idlefx.runtime.module import IdleModule, check_converted
+from idlefx.utils.versions import VERSION, versions
+
+ARTIFACT, PLAN, WEIGHTS, REPORT, PICTURE, SCRIPT = (
+    "model.pt2", "plan.json", "weights.safetensors", "report.md", "tokens.png", "finetune.py",
+)  # fmt: skip
+TEMPLATE = Path(__file__).with_name("finetune.py.template")
+
+
+def emit(
+    idle: IdleModule,
+    directory: str | Path,
+    *,
+    model: str | None = None,
+    images: Photo | Sequence[Photo] | Tensor | None = None,
+    **options: Any,
+) -> Path:
+    """Write a converted model with all that belongs to it; whole or not at all.
+
+    The directory holds `model.pt2`, the artifact that `load` runs; `weights.safetensors`, under the original names;
+    `plan.json`; `report.md` with its picture `tokens.png`; and `finetune.py`, a script that tunes this very model by
+    this very plan and packages it again: only the line that names the data is to be changed.
+
+    Args:
+        idle: A converted model.
+        directory: Where to; made, and refused if it holds files already.
+        model: What makes the dense model again, as a timm name or `package.module:callable`; by default what the
+            model says of itself. Its weights come from `weights.safetensors`.
+        images: For the picture, as `draw` takes them; by default a portrait.
+        **options: For `package`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        InputError: The directory cannot be written or is not empty, the model cannot be made again, an option is wrong.
+        PassError: The artifact does not compute what the model does.
+    """
+    check_converted(idle)
+    with _whole_directory(Path(directory)) as partial:
+        facts = idle.meta["idlefx"]
+        name = model or facts["origin"]
+        safetensors.torch.save_model(idle, str(partial / WEIGHTS))
+        making = _made_again(name, partial / WEIGHTS, idle)
+        package(idle, partial / ARTIFACT, **options)
+        told = {"model": name, **facts["call"], "blocks": [asdict(step) for step in idle.plan], "versions": versions()}
+        (partial / PLAN).write_text(json.dumps(told, indent=2) + "\n")
+        (partial / SCRIPT).write_text(_script(name, making, facts, options))
+        pictured = _draw(idle, images, partial / PICTURE)
+        (partial / REPORT).write_text(_report(idle, name, pictured))
+    return Path(directory)
+
+
+def check_directory(path: str | Path) -> None:
+    """Refuse what is there already.
+
+    Raises:
+        InputError: It is a file, or a directory with something in it.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"emit: {target} is there already; name a directory that is not")
+
+
+@contextmanager
+def _whole_directory(target: Path) -> Iterator[Path]:
+    """A directory to write into that takes the place of `target` once the block has succeeded."""
+    check_directory(target)
+    target = target.resolve()  # `.` has no name, and a link is none to be replaced
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(target)
+    except OSError as error:
+        raise InputError(f"emit: cannot write {target}: {error.strerror or error}; name another directory") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _made_again(name: str, weights: Path, idle: IdleModule) -> dict[str, Any]:
+    """The options of `load_model` that make a model again that computes what this one did before it was converted."""
+    facts = idle.meta["idlefx"]
+    side = facts["image_size"][-1]
+    refusals = []
+    if name.startswith("__main__:"):  # which will be the script
+        raise InputError(
+            f"emit: {name} is defined in the program itself; move it into a module, which the script can import, and "
+            "name what makes it, model='package.module:callable'"
+        )
+    for options in ({}, {"img_size": side}) if ":" not in name else ({},):
+        try:
+            made = load_model(name, checkpoint=weights, **options)
+            if facts["guessed"] and _image_size(made) != tuple(facts["image_size"]):
+                refusals.append(f"its images are {_image_size(made)} instead of {tuple(facts['image_size'])}")
+            elif not _same(made, idle):
+                refusals.append("with the same weights it computes something else")
+            else:
+                return options
+        except InputError as error:
+            refusals.append(str(error))
+    raise InputError(
+        f"emit: the script could not make this model again as {name}: {refusals[0]}; name what makes it, "
+        "model='package.module:callable' (in the shell --model)"
+    )
+
+
+def _same(made: nn.Module, idle: IdleModule) -> bool:
+    """Whether a model computes what another did before it was converted."""
+    source, _ = idle.meta["idlefx"]["sources"][False]
+    args, kwargs = example_of(idle)
+    image = max((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), key=Tensor.numel)
+    dense = fx.GraphModule(idle, deepcopy(source))
+    try:
+        check_parity(dense, made.to(image.device, image.dtype), "other", (args, kwargs))
+    except PassError:
+        return False
+    except Exception as error:  # a model raises what it likes
+        raise InputError(f"it does not run: {first_line(error)}") from error
+    return True
+
+
+def _image_size(model: nn.Module) -> tuple[int, ...]:
+    size: tuple[int, ...] = guess_inputs(model)[1]["image_size"]
+    return size
+
+
+def _script(name: str, making: dict[str, Any], facts: dict[str, Any], options: dict[str, Any]) -> str:
+    selector = facts["call"]["selector"]
+    size = ", ".join(map(str, (EXAMPLE_BATCH, *facts["image_size"])))
+    imports = "" if selector == AUTO else _home_of(find_selector(selector).function)
+    return Template(TEMPLATE.read_text()).substitute(
+        model=name,
+        version=VERSION,
+        script=SCRIPT,
+        imports=imports and f"\n        import {imports}  # registers the token score\n",
+        model_name=repr(name),
+        weights=WEIGHTS,
+        img_size="".join(f", {key}={value!r}" for key, value in making.items()),
+        example=None if facts["guessed"] else f"torch.randn({size}, device=world.device)",
+        call=_arguments(facts["call"], convert),
+        options="".join(f", {each}" for each in [_arguments(options, package)] if each),
+    )
+
+
+def _arguments(given: Mapping[str, Any], function: Callable[..., Any]) -> str:
+    """Keyword arguments as a script spells them, without those that are the default of the function."""
+    defaults = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
+    plain = {key: str(value) if isinstance(value, torch.device) else value for key, value in given.items()}
+    return ", ".join(f"{key}={value!r}" for key, value in plain.items() if value != defaults.get(key))
+
+
+def _home_of(score: Callable[..., Any]) -> str:
+    """The module that a script has to import for a token score, if it is not built in."""
+    if score.__module__ == "__main__":
+        raise InputError(
+            f"emit: the token score `{score.__name__}` is defined in the program itself; move it into a module, which "
+            "the script can import"
+        )
+    return "" if score.__module__.startswith("idlefx.") else score.__module__
+
+
+def _draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor | None, path: Path) -> bool:
+    """The picture, if there is anything to be seen on it."""
+    if images is None:
+        if idle.meta["idlefx"]["image_size"][0] not in MODES:
+            return False
+        images = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    if not any(step.idles for step in idle.plan):
+        return False
+    draw(idle, images, path)
+    return True
+
+
+def _report(idle: IdleModule, name: str, pictured: bool) -> str:
+    parts = [f"# {name}, idling", f"```\n{idle.plan}\n```", f"```\n{report(idle)}\n```"]
+    if pictured:
+        parts.append(f"![Working patches in colour, idle ones faded, block by block]({PICTURE})")
+    parts.append(
+        f"`idlefx.load({ARTIFACT!r})` runs the model; `python {SCRIPT}` tunes it, once its line `DATA` names the data. "
+        f"Made with {', '.join(f'{package} {version}' for package, version in versions().items())}."
+    )
+    return "\n\n".join(parts) + "\n"

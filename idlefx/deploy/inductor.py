@@ -1,0 +1,80 @@
+"""Inductor: compiled forms of a converted model, in this process or in a file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from torch import fx
+
+from idlefx.deploy.parity import check_parity
+from idlefx.errors import ArtifactError, InputError, first_line
+from idlefx.runtime.module import IdleModule, check_converted
+
+
+def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = True, **options: Any) -> Any:
+    """Compile a converted model with Inductor: as one graph, once for all batch sizes but one.
+
+    Args:
+        idle: A converted model, in the mode in which it will be used; it shares its parameters with the result.
+        verify: Whether to hold the compiled model against the eager one once, now, which compiles it. Only in eval
+            mode: training draws random numbers.
+        dynamic: Whether the batch is free; torch compiles a batch of one image anew. False compiles every batch
+            size anew, which is a little faster where there are few.
+        **options: As `torch.compile` takes them, such as `mode="max-autotune"`.
+
+    Returns:
+        A module that is called like `idle`.
+
+    Raises:
+        InputError: The model was not converted.
+        PassError: The compiled model does not compute what the eager one does.
+    """
+    check_converted(idle)
+    compiled = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
+    if verify and not idle.training:
+        check_parity(idle, compiled, "compiled")
+    return compiled
+
+
+def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:
+    """Compile a graph with Inductor, for inference or training, whatever its inputs ask for.
+
+    Args:
+        module: A graph that Dynamo found, or one that takes the same inputs.
+        inputs: What it is called with.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(module, inputs)
+    return compiled
+
+
+def build_artifact(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    """Compile a program and write it, weights inside, with metadata that libtorch and `zipfile` can read.
+
+    Raises:
+        InputError: The disk is full.
+        ArtifactError: It cannot be compiled.
+    """
+    options = {"aot_inductor.metadata": metadata}
+    try:
+        with path.open("w+b") as file:
+            torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
+    except OSError as error:
+        raise InputError(f"package: cannot write into {path.parent}: {error.strerror}; make room there") from error
+    except Exception as error:  # Inductor, the C++ compiler and the archive raise many kinds
+        raise ArtifactError(f"package: {type(error).__name__}: {first_line(error)}") from error
+
+
+def open_artifact(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Load the compiled code of an artifact, whose file was checked.
+
+    Returns:
+        A function of the input tensors, contiguous and in order, that returns the output tensors.
+    """
+    try:
+        return torch._inductor.aoti_load_package(str(path)).loader.run
+    except Exception as error:
+        raise ArtifactError(f"load: cannot load {path}: {first_line(error)}") from error

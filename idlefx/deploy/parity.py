@@ -1,0 +1,87 @@
+"""Whether another form of a converted model, compiled or packaged, gives what the eager one gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from idlefx.errors import InputError, PassError
+from idlefx.graph.queries import placeholders
+from idlefx.graph.sizes import number
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def example_of(idle: fx.GraphModule, batch: int | None = None) -> Inputs:
+    """Positional and keyword inputs such as the model was traced with: noise for images, ones for anything else.
+
+    Args:
+        idle: A converted model.
+        batch: How many images; by default the fewest that are no other size of an input too, as the compiler takes
+            equal sizes for the same.
+
+    Raises:
+        InputError: The module was pickled, which loses the shapes of its inputs.
+    """
+    graph, noise = idle.graph, torch.Generator().manual_seed(0)
+    home = next((t.device for t in [*idle.parameters(), *idle.buffers()]), torch.device("cpu"))
+    values = [node.meta.get("val") for node in placeholders(graph)]
+    if any(value is None for value in values):
+        raise InputError("parity: this module no longer knows the shapes of its inputs; convert the model anew")
+    others = {number(s, 0) for v in values if isinstance(v, torch.Tensor) for s in v.shape}
+    batch = batch or next(size for size in range(2, len(others) + 3) if size not in others)
+    made = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            shape = [number(size, batch) for size in value.shape]
+            floating = value.dtype.is_floating_point
+            tensor = torch.randn(shape, generator=noise) if floating else torch.ones(shape)
+            value = tensor.to(home, value.dtype)
+        made.append(value)
+    assert isinstance(graph._codegen, _PyTreeCodeGen)
+    args, kwargs = tree_unflatten(made, graph._codegen.pytree_info.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def check_parity(idle: fx.GraphModule, other: Callable[..., Any], what: str, inputs: Inputs | None = None) -> float:
+    """Hold another form of a model against it, on one batch.
+
+    Where rounding swaps two tokens that score alike, one image differs by more than rounding does; so it is the
+    median image that counts.
+
+    Args:
+        idle: The converted model, in eval mode, or a graph made of it.
+        other: The form of it that is to be checked.
+        what: What that form is called in the error.
+        inputs: Positional and keyword inputs, batch first; noise by default.
+
+    Returns:
+        The largest relative difference of any output.
+
+    Raises:
+        PassError: It is beyond the tolerance of the number type.
+    """
+    args, kwargs = example_of(idle) if inputs is None else inputs
+    with torch.no_grad():
+        wanted, found = (tree_leaves(run(*args, **kwargs)) for run in (idle, other))
+    largest = 0.0
+    for a, b in zip(wanted, found, strict=True):
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            error = _relative(a, b)
+            largest = max(largest, error)
+            if not error <= TOLERANCE[a.dtype]:
+                raise PassError(
+                    f"parity: the {what} model differs from the eager one by {error:.2g} on its example, where "
+                    f"{TOLERANCE[a.dtype]:g} is usual in {str(a.dtype).removeprefix('torch.')}; verify=False takes it "
+                    "as it is, but this is a fault: please report it with the model"
+                )
+    return largest
+
+
+def _relative(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    a, b = (t.double().reshape(len(t), -1) if t.ndim else t.double().reshape(1, 1) for t in (wanted, found))
+    return float(((a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-12)).median())

@@ -1,0 +1,167 @@
+"""Questions to an ATen graph, answered on a networkx view of its data flow.
+
+The view holds the nodes that carry a tensor computed from one chosen input; parameters, constants and
+sizes are left out, so that a dominator is a place that all image information passes through.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any, TypeAlias
+
+import networkx as nx
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+SINK = "sink"
+
+# An `fx.Node` whose arguments are looked at: torch types each of them as a union of everything.
+Call: TypeAlias = Any
+_LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
+
+
+def value(node: fx.Node) -> torch.Tensor | None:
+    """The example tensor that the trace recorded for a node, if it carries one."""
+    val = node.meta.get("val")
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def example_value(node: Call) -> Any:
+    """What a call gives for the recorded values of its inputs, nothing being computed."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    leaves = chain(tree_leaves((args, kwargs)), (n.meta.get("val") for n in node.graph.nodes))
+    mode = next(mode for leaf in leaves if (mode := getattr(leaf, "fake_mode", None)) is not None)
+    # The Python dispatcher keeps the batch symbolic where some C++ kernels would ask for its value.
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        return node.target(*args, **kwargs)
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The inputs of a graph."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The output node of a graph."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def by_name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Nodes by their names."""
+    return {node.name: node for node in graph.nodes}
+
+
+def carries_tensors(node: fx.Node) -> bool:
+    """Whether a node carries a tensor or several of them, and not a size."""
+    val = node.meta.get("val")
+    many = isinstance(val, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in val)
+    return many or isinstance(val, torch.Tensor)
+
+
+def image_data(graph: fx.Graph) -> set[Call]:
+    """The nodes whose tensors are computed from an input, and not from parameters alone."""
+    data: set[Call] = set()
+    for node in graph.nodes:
+        if carries_tensors(node) and (node.op == "placeholder" or any(i in data for i in node.all_input_nodes)):
+            data.add(node)
+    return data
+
+
+def data_flow(graph: fx.Graph, source: fx.Node) -> nx.DiGraph:
+    """The flow of tensors from one input, ending in `SINK`.
+
+    Args:
+        graph: An ATen graph with recorded values.
+        source: The input to start from.
+
+    Returns:
+        A digraph of `fx.Node`s in which every node is reachable from `source`.
+    """
+    flow = nx.DiGraph()
+    flow.add_node(source)
+    for node in graph.nodes:
+        if node.op == "output" or carries_tensors(node):
+            inputs = [i for i in node.all_input_nodes if i in flow]
+            flow.add_edges_from((i, SINK if node.op == "output" else node) for i in inputs)
+    return flow
+
+
+def dominator_chain(flow: nx.DiGraph, root: object, node: object) -> Iterator[fx.Node]:
+    """The dominators of a node from the nearest to the furthest, without the node itself."""
+    parents = _parents(flow, root)
+    while (parent := parents.get(node)) is not None and parent is not node and not isinstance(parent, str):
+        yield parent
+        node = parent
+
+
+def _parents(flow: nx.DiGraph, root: object) -> dict[object, fx.Node]:
+    cache = flow.graph.setdefault("dominators", {})
+    if root not in cache:
+        cache[root] = nx.immediate_dominators(flow, root)
+    found: dict[object, fx.Node] = cache[root]
+    return found
+
+
+def post_dominator_chain(flow: nx.DiGraph, node: object) -> Iterator[fx.Node]:
+    """The nodes that everything leaving `node` must pass, from the nearest to the furthest."""
+    reverse = flow.graph.get("reverse")
+    if reverse is None:
+        # A view of another edge direction is made once: post-dominators are its dominators.
+        reverse = flow.graph["reverse"] = nx.DiGraph([(b, a) for a, b in flow.edges])
+    return dominator_chain(reverse, SINK, node)
+
+
+def region(flow: nx.DiGraph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The nodes on the paths from `start` to `end`, without `start`, in graph order."""
+    if not nx.has_path(flow, start, end):
+        return []
+    inside = (nx.descendants(flow, start) & nx.ancestors(flow, end)) | {end}
+    return [node for node in start.graph.nodes if node in inside]
+
+
+def leaks(nodes: Iterable[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """The nodes of a region, other than its end, that something outside reads."""
+    inside = set(nodes)
+    return [n for n in nodes if n is not end and any(u not in inside and _reads_tensor(u) for u in n.users)]
+
+
+def _reads_tensor(user: fx.Node) -> bool:
+    return user.op == "output" or carries_tensors(user)
+
+
+def remove_dead(graph: fx.Graph) -> None:
+    """Remove what nobody reads. A dropout that nobody reads goes too, though torch counts its dice as an effect."""
+
+    def has_effect(node: fx.Node) -> bool:
+        schema = getattr(node.target, "_schema", None)
+        return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+
+    graph.eliminate_dead_code(has_effect)
+
+
+def common_path(nodes: Iterable[fx.Node]) -> str:
+    """The innermost module that all nodes were traced from."""
+    stacks = [[str(path) for path, _ in n.meta.get("nn_module_stack", {}).values()] for n in nodes]
+    if not stacks or not all(stacks):
+        return ""
+    shared = [levels[0] for levels in zip(*stacks, strict=False) if len(set(levels)) == 1]
+    return shared[-1] if shared else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """The line of the user's own file that a node was traced from, as `file:line: code`.
+
+    Frames of well-known libraries are passed over where there is any other.
+    """
+    lines = (node.meta.get("stack_trace") or node.stack_trace or "").strip().splitlines()
+    frames = []
+    for at, line in enumerate(lines):
+        if line.strip().startswith("File "):
+            file, number = line.split('"')[1], line.split("line ")[1].split(",")[0].strip()
+            code = lines[at + 1].strip() if at + 1 < len(lines) else ""
+            frames.append((file, f"{file}:{number}: {code}"))
+    own = [text for file, text in frames if not any(part in file for part in _LIBRARIES)]
+    outside_torch = [text for file, text in frames if "/torch/" not in file]
+    return next((group[-1] for group in (own, outside_torch) if group), "unknown line")

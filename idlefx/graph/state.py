@@ -1,0 +1,31 @@
+"""The parameters and buffers of a module: the same names, and the same objects, as those of the model it came from."""
+
+import torch
+from torch import nn
+
+
+def adopt(module: nn.Module, model: nn.Module) -> None:
+    """Make the state of `module` that of `model`: the same names, and the same objects behind them."""
+    wanted = model.state_dict(keep_vars=True)
+    present = {name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]}
+    for name, tensor in wanted.items():
+        if name not in present and isinstance(tensor, torch.Tensor):
+            owner, leaf = owner_of(module, name)
+            if isinstance(tensor, nn.Parameter):
+                owner.register_parameter(leaf, tensor)
+            else:
+                owner.register_buffer(leaf, tensor)
+    for name, _ in list(module.named_buffers()):
+        if name not in wanted:  # a constant of the trace, or a buffer that the model does not save either
+            owner, leaf = owner_of(module, name)
+            owner._non_persistent_buffers_set.add(leaf)
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that a dotted name lives in, made where it is missing, and the last part of the name."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    return module, leaf

@@ -1,0 +1,1 @@
+"""Tools of the passes: the rebuilder, selector heads, verification. Imports analysis, capture, planning and below."""

@@ -1,0 +1,134 @@
+"""Copy part of a graph so that it works on some of the tokens only."""
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.layouts import Dim, Runs
+from idlefx.analysis.subset import Subset
+from idlefx.analysis.walk import Cut, Read, Resize, Walk
+from idlefx.graph.build import emit
+from idlefx.graph.queries import carries_tensors
+from idlefx.runtime import gather_scatter
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Rebuilder:
+    """Copies nodes of a followed region onto a subset of its tokens, each when it is first asked for.
+
+    Attributes:
+        graph: The graph, which is inserted into at its insertion point.
+        walk: Layouts and edits of the region.
+        subset: The tokens that are there; None for all of them.
+        mapping: What stands for a node of the region; holds the region's entry from the start.
+        prefix: What the copies' names begin with.
+    """
+
+    graph: fx.Graph
+    walk: Walk
+    subset: Subset | None
+    mapping: dict[fx.Node, fx.Node]
+    prefix: str
+    _reads: dict[Any, fx.Node] = field(default_factory=dict)
+
+    def __call__(self, node: fx.Node) -> fx.Node:
+        """The node's copy; a node outside the region stands for itself."""
+        for needed in self._needed(node):
+            args, kwargs = self._edited(needed)
+            target: Any = needed.target
+            name = self.prefix + needed.name
+            self.mapping[needed] = emit(self.graph, target, *args, name=name, like=needed, **kwargs)
+        return self.mapping.get(node, node)
+
+    def _needed(self, node: fx.Node) -> list[fx.Node]:
+        """What must be copied before `node`, and itself, in order; a stack, as blocks are deeper than Python likes."""
+        order: dict[fx.Node, None] = {}
+        stack = [(node, False)]
+        while stack:
+            current, ready = stack.pop()
+            if current in self.mapping or current in order or not self._inside(current):
+                continue
+            if ready:
+                order[current] = None
+            else:
+                stack += [(current, True), *((i, False) for i in reversed(current.all_input_nodes))]
+        return list(order)
+
+    def _inside(self, node: fx.Node) -> bool:
+        sizes = not carries_tensors(node) and any(i in self.walk for i in node.all_input_nodes)
+        return node in self.walk or sizes
+
+    def _edited(self, node: fx.Node) -> tuple[Any, Any]:
+        replaced: dict[fx.Node, fx.Node] = {}
+        args = list(node.args)
+        if self.subset is not None:
+            for edit in self.walk.edits.get(node, []):
+                self.subset.check(node, edit)
+                if isinstance(edit, Read):
+                    replaced[edit.operand] = self._read(node, edit)
+                elif isinstance(edit, Resize):
+                    entries = list(args[edit.arg])  # type: ignore[arg-type]
+                    entries[edit.entry] = self._size(node, entries[edit.entry], edit.dim)
+                    args[edit.arg] = entries
+                elif isinstance(edit, Cut):
+                    args[edit.arg] = self.subset.count(node, lay.cut(edit.runs, 0, edit.place))
+        done: tuple[Any, Any] = map_arg((tuple(args), node.kwargs), lambda n: replaced.get(n) or self.mapping.get(n, n))
+        return done
+
+    def _size(self, node: fx.Node, before: Any, dim: Dim) -> Any:
+        assert self.subset is not None
+        count = 1
+        for factor in dim:
+            if factor.role == "tokens":
+                count *= self.subset.count(node, factor.runs)
+            elif factor.role != "batch" or not isinstance(before, fx.Node):
+                count *= factor.size
+        if not isinstance(before, fx.Node):
+            return count
+        batch = emit(self.graph, aten.sym_size.int, self.subset.index, 0, name=f"{self.prefix}batch", like=node)
+        return emit(self.graph, operator.mul, batch, count, name=f"{self.prefix}size", like=node)
+
+    def _read(self, node: fx.Node, edit: Read) -> fx.Node:
+        key = (edit.operand, edit.dims, edit.rank, edit.batch_dim)
+        if key not in self._reads:
+            table = edit.operand
+            for _ in range(edit.rank - len(table.meta["val"].shape)):
+                table = emit(self.graph, aten.unsqueeze.default, table, 0, name=f"{self.prefix}table", like=node)
+            for dim, runs in edit.dims:
+                index = self._index(node, runs)
+                if edit.copies > 1:
+                    name = f"{self.prefix}copies"
+                    index = emit(
+                        self.graph, aten.repeat_interleave.self_int, index, edit.copies, 0, name=name, like=node
+                    )
+                where = (table, index, dim, edit.batch_dim)
+                table = emit(self.graph, gather_scatter.take_tokens, *where, name=f"{self.prefix}read", like=node)
+            self._reads[key] = table
+        return self._reads[key]
+
+    def _index(self, node: fx.Node, runs: Runs) -> fx.Node:
+        """Where the tokens that are there stand along an axis made of `runs`, (B, n)."""
+        subset = self.subset
+        assert subset is not None and subset.index is not None
+        total = len(subset.fixed) + subset.kept
+        parts, offset = [], 0
+        for start, stop in runs:
+            first = subset.count(node, ((0, start),))
+            last = first + subset.count(node, ((start, stop),))
+            part = subset.index
+            if (first, last) != (0, total):
+                part = emit(self.graph, aten.slice.Tensor, part, 1, first, last, name=f"{self.prefix}part", like=node)
+            if offset != start:
+                part = emit(self.graph, aten.add.Tensor, part, offset - start, name=f"{self.prefix}place", like=node)
+            parts.append(part)
+            offset += stop - start
+        if len(parts) == 1:
+            return parts[0]
+        return emit(self.graph, aten.cat.default, parts, 1, name=f"{self.prefix}places", like=node)

@@ -1,0 +1,107 @@
+"""The two ends of a model, found in its graph: what makes the tokens, and what the classifier reads."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import CodeGen
+from torch.utils._pytree import tree_leaves
+
+from idlefx.analysis.blocks import image_input
+from idlefx.errors import InputError
+from idlefx.graph.queries import Call, by_name, image_data, output_of, placeholders, remove_dead, value
+from idlefx.graph.sizes import shape_of
+from idlefx.runtime.module import IdleModule
+
+aten = torch.ops.aten
+
+_SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.cat.default)
+_VIEWS = (
+    aten.reshape.default, aten.view.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints,
+    aten.contiguous.default, aten.clone.default, aten.dropout.default, aten.to.dtype, aten._to_copy.default,
+)  # fmt: skip
+
+
+def tap(module: fx.GraphModule) -> fx.GraphModule:
+    """The same model as a plain function of the images, which also returns what its classifier reads.
+
+    Args:
+        module: A captured or converted model, or `with_cut_loss` of one, in the mode that is wanted.
+
+    Returns:
+        A module with the same parameters: images (B, channels, H, W) to logits (B, classes), class features (B, F),
+        or None where the logits come from no linear layer, and whatever else the model returns last, such as the
+        cut loss.
+
+    Raises:
+        InputError: The model has no logits (B, classes), or takes more than images.
+    """
+    graph = deepcopy(module.graph)
+    images, outputs = image_input(graph), [n for n in tree_leaves(output_of(graph).args) if isinstance(n, fx.Node)]
+    logits = next((n for n in outputs if (v := value(n)) is not None and v.is_floating_point() and v.ndim == 2), None)
+    if logits is None:
+        raise InputError("finetune: the model returns no logits (B, classes); fine-tuning needs a classifier")
+    further = [n for n in placeholders(graph) if n is not images]
+    if used := [n.name for n in further if n.users]:
+        raise InputError(f"finetune: the model takes {', '.join(used)} besides images; wrap it so that it needs none")
+    read = _class_features(graph, logits)
+    with graph.inserting_before(output_of(graph)):
+        features = graph.call_function(aten.cat.default, (read, 1)) if len(read) > 1 else (read or [None])[0]
+    rest = outputs[-1:] if outputs[-1] is not logits and shape_of(outputs[-1]) == [] else []
+    output_of(graph).args = ((logits, features, *rest),)
+    graph.set_codegen(CodeGen())
+    for node in further:
+        graph.erase_node(node)
+    remove_dead(graph)
+    return fx.GraphModule(module, graph)
+
+
+def class_count(tapped: fx.GraphModule) -> int:
+    """How many classes the logits of a tapped model tell apart."""
+    return shape_of(_outputs(tapped)[0])[1]
+
+
+def has_features(tapped: fx.GraphModule) -> bool:
+    """Whether a linear classifier, and so the class features, were found in a tapped model."""
+    return _outputs(tapped)[1] is not None
+
+
+def _outputs(tapped: fx.GraphModule) -> Any:
+    return output_of(tapped.graph).args[0]
+
+
+def _class_features(graph: fx.Graph, logits: fx.Node) -> list[Any]:
+    """The inputs (B, F) of the linear layers that the logits come from, several where their votes are averaged."""
+    data, found = image_data(graph), set[Call]()
+    stack: list[Call] = [logits]
+    while stack:
+        node = stack.pop()
+        if node.target is aten.linear.default and len(shape_of(node.args[0])) == 2:
+            found.add(node.args[0])
+        elif node.target in _VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            stack += [i for i in node.all_input_nodes if i in data]
+        else:
+            return []
+    return [node for node in graph.nodes if node in found]
+
+
+def token_parameters(idle: IdleModule) -> set[str]:
+    """Names of the parameters that are joined with, or added to, the tokens in front of the first block.
+
+    These are class, distillation and register tokens and positions, however they are named; weights of layers that
+    work on the image are not among them.
+    """
+    graph = idle.meta["idlefx"]["graphs"][False]
+    data, found, seen = image_data(graph), set[str](), set[Call]()
+    stack: list[Call] = [by_name(graph)[idle.blocks[0].entry]]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "get_attr":
+            found.add(str(node.target))
+        everything = node not in data or node.target in _SUMS
+        stack += [i for i in node.all_input_nodes if everything or i in data]
+    return found & {name for name, _ in idle.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,1 @@
+"""Devices, files and versions. Imports errors only."""
