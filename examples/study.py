@@ -25,7 +25,7 @@ from idlefx.demo.glyphs import Glyphs
 from idlefx.demo.model import glyph_vit
 from idlefx.runtime.module import selections
 from idlefx.training.config import Settings
-from idlefx.training.loader import Batches
+from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import finetune
 from idlefx.utils.files import whole_file
 
@@ -91,8 +91,8 @@ def carry_out(run: Run) -> dict[str, Any]:
     reselect = options.pop("reselect", True)
     dense = glyph_vit()
     idle = convert(dense, run.layers, run.keep, selector=run.selector, reselect=reselect)
-    train = Batches(scenes("train", run.steps * BATCH, 1000 + run.seed), BATCH, training=True, seed=run.seed)
-    test = Batches(scenes("test", run.scenes, 0), 256)
+    train = ImageLoader(scenes("train", run.steps * BATCH, 1000 + run.seed), BATCH, training=True, seed=run.seed)
+    test = ImageLoader(scenes("test", run.scenes, 0), 256)
     before = looked_at(idle)
     history = finetune(dense, idle, train, test, Settings(seed=run.seed, **TUNING, **options))
     return {

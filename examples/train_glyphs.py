@@ -23,7 +23,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from idlefx.demo.glyphs import Drawn, Glyphs
+from idlefx.demo.glyphs import DrawnScenes, Glyphs
 from idlefx.demo.model import GLYPH_VIT, glyph_vit
 from idlefx.utils.files import whole_file
 
@@ -37,7 +37,7 @@ def normalised(pixels: Tensor, model: nn.Module) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, drawn: Drawn) -> float:
+def accuracy(model: nn.Module, drawn: DrawnScenes) -> float:
     """The share of scenes whose glyph is named, in percent."""
     named = [model.eval()(normalised(batch, model)).argmax(1) for batch in drawn.pixels.split(256)]
     return 100 * (torch.cat(named) == drawn.labels).float().mean().item()

@@ -8,11 +8,11 @@ import sys
 
 from idlefx.capture.models import load_model
 from idlefx.training.config import Settings
-from idlefx.training.datasets import Source, open_batches
+from idlefx.training.datasets import Source, open_loaders
 from idlefx.training.distributed import interrupts, processes
 from idlefx.training.loop import evaluate, finetune
 
-__all__ = ["Settings", "Source", "evaluate", "finetune", "interrupts", "load_model", "open_batches", "processes"]
+__all__ = ["Settings", "Source", "evaluate", "finetune", "interrupts", "load_model", "open_loaders", "processes"]
 
 if __name__ == "__main__":
     from idlefx.cli.finetune import main

@@ -18,11 +18,11 @@ from torch.utils._pytree import treespec_leaf, treespec_tuple
 
 from idlefx.analysis.attention import Core
 from idlefx.analysis.blocks import image_input, open_block
-from idlefx.graph.build import emit
+from idlefx.graph.build import add_call
 from idlefx.graph.queries import by_name, output_of
 from idlefx.records import Plan
 from idlefx.rewriting.selector_head import Head
-from idlefx.runtime.cut_loss import token_cut
+from idlefx.runtime import cut_loss
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def add_cut_loss(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 head = Head(graph, block, opened)
                 pairs = [_pair(head, core, block.affine and not core.scalings) for core in opened.cores]
                 queries, keys = (_joined(head, list(parts)) for parts in zip(*pairs, strict=True))
-                found.append(head.emit(token_cut, queries, keys, index, block.prefix, name="cut"))
+                found.append(head.add(cut_loss.token_cut, queries, keys, index, block.prefix, name="cut"))
     _return_too(graph, found)
     return module
 
@@ -49,29 +49,29 @@ def _pair(head: Head, core: Core, affine: bool) -> tuple[fx.Node, fx.Node]:
     """What stands for the queries and keys of a core (B, N, F) in the mean over all heads."""
     if not affine:
         queries, keys = (head.heads_of(core, head.all_tokens, keys=keys) for keys in (False, True))
-        queries = head.emit(aten.mul.Tensor, queries, core.scale / head.head_count, name="cut_scaled")
+        queries = head.add(aten.mul.Tensor, queries, core.scale / head.head_count, name="cut_scaled")
         for node in core.scalings:
             factors = [queries if operand in head.walk else operand for operand in node.args]
-            queries = head.emit(node.target, *factors, name="cut_scaled")
+            queries = head.add(node.target, *factors, name="cut_scaled")
         return _flat(head, queries), _flat(head, keys)
     query, key = head.projections(core)
     scale = core.scale * query.factor * key.factor / head.head_count
     (_, to_query, bias), (_, to_key, _) = head.weights(query), head.weights(key)
-    to_key = head.emit(aten.mul.Tensor, to_key, scale, name="cut_scaled")
-    back = head.emit(aten.t.default, to_key, name="cut_back")
-    both = head.emit(aten.matmul.default, back, to_query, name="cut_weight")
-    shift = bias and head.emit(aten.mv.default, back, bias, name="cut_bias")
-    return head.emit(aten.linear.default, head.tokens(query), both, shift, name="cut_queries"), head.tokens(key)
+    to_key = head.add(aten.mul.Tensor, to_key, scale, name="cut_scaled")
+    back = head.add(aten.t.default, to_key, name="cut_back")
+    both = head.add(aten.matmul.default, back, to_query, name="cut_weight")
+    shift = bias and head.add(aten.mv.default, back, bias, name="cut_bias")
+    return head.add(aten.linear.default, head.tokens(query), both, shift, name="cut_queries"), head.tokens(key)
 
 
 def _flat(head: Head, heads: fx.Node) -> fx.Node:
     """(B, H, N, D) as (B, N, H * D)."""
-    rows = head.emit(aten.transpose.int, heads, 1, 2, name="cut_rows")
-    return head.emit(aten.flatten.using_ints, rows, 2, name="cut_rows")
+    rows = head.add(aten.transpose.int, heads, 1, 2, name="cut_rows")
+    return head.add(aten.flatten.using_ints, rows, 2, name="cut_rows")
 
 
 def _joined(head: Head, parts: list[fx.Node]) -> fx.Node:
-    return parts[0] if len(parts) == 1 else head.emit(aten.cat.default, parts, 2, name="cut_joined")
+    return parts[0] if len(parts) == 1 else head.add(aten.cat.default, parts, 2, name="cut_joined")
 
 
 def _return_too(graph: fx.Graph, found: list[fx.Node]) -> None:
@@ -79,10 +79,10 @@ def _return_too(graph: fx.Graph, found: list[fx.Node]) -> None:
     like: Any = found[-1] if found else image_input(graph)
     with graph.inserting_before(output):
         if found:
-            blocks = emit(graph, aten.stack.default, found, name="cut_losses", like=like)
-            loss = emit(graph, aten.mean.default, blocks, name="cut_loss", like=like)
+            blocks = add_call(graph, aten.stack.default, found, name="cut_losses", like=like)
+            loss = add_call(graph, aten.mean.default, blocks, name="cut_loss", like=like)
         else:
-            loss = emit(graph, aten.new_zeros.default, like, [], name="cut_loss", like=like)
+            loss = add_call(graph, aten.new_zeros.default, like, [], name="cut_loss", like=like)
     if isinstance(codegen, _PyTreeCodeGen):
         info = codegen.pytree_info
         assert info.out_spec is not None

@@ -11,7 +11,7 @@ from torch import fx
 
 from idlefx.analysis.blocks import Opened, open_block
 from idlefx.analysis.subset import Subset
-from idlefx.graph.build import emit
+from idlefx.graph.build import add_call
 from idlefx.graph.queries import by_name, remove_dead
 from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.rebuilder import Rebuilder
@@ -35,7 +35,9 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
     name, entry, like = f"idle_{block.index}_", opened.entry, opened.exit
     index, place = (by_name(graph)[name + part] for part in ("index", "place"))
     dims = (block.token_dim, block.batch_dim)
-    gathered = emit(graph, gather_scatter.take_tokens, entry, index, *dims, name=f"{name}gather", like=like)
+    gathered = add_call(graph, gather_scatter.take_tokens, entry, index, *dims, name=f"{name}gather", like=like)
     chosen = Subset(index, block.prefix, block.image_positions, step.kept)
     worked = Rebuilder(graph, opened.walk, chosen, {entry: gathered}, name)(opened.exit)
-    return emit(graph, gather_scatter.put_tokens, entry, index, worked, *dims, place, name=f"{name}scatter", like=like)
+    return add_call(
+        graph, gather_scatter.put_tokens, entry, index, worked, *dims, place, name=f"{name}scatter", like=like
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from idlefx.graph.build import emit
+from idlefx.graph.build import add_call
 from idlefx.graph.queries import Call, image_data, remove_dead
 from idlefx.graph.sizes import shape_of
 from idlefx.records import Plan
@@ -74,21 +74,21 @@ def _product(graph: fx.Graph, node: Call) -> fx.Node | None:
     def arranged(operand: fx.Node, have: str, want: list[str], merge: list[str]) -> fx.Node:
         order = [have.index(c) for c in want]
         if order != sorted(order):
-            operand = emit(graph, aten.permute.default, operand, order, name="einsum_order", like=node)
+            operand = add_call(graph, aten.permute.default, operand, order, name="einsum_order", like=node)
         if len(merge) > 1:
             first = want.index(merge[0])
             ends = (first, first + len(merge) - 1)
-            operand = emit(graph, aten.flatten.using_ints, operand, *ends, name="einsum_merge", like=node)
+            operand = add_call(graph, aten.flatten.using_ints, operand, *ends, name="einsum_merge", like=node)
         return operand
 
     widths = [shape_of(operands[1])[b.index(c)] for c in right]
     first = arranged(operands[0], a, [*stack, *left, *summed], summed)
     second = arranged(operands[1], b, [*stack, *summed, *right], summed)
     if len(right) > 1:
-        second = emit(graph, aten.flatten.using_ints, second, 1, len(right), name="einsum_merge", like=node)
-    found = emit(graph, aten.matmul.default, first, second, name="einsum_product", like=node)
+        second = add_call(graph, aten.flatten.using_ints, second, 1, len(right), name="einsum_merge", like=node)
+    found = add_call(graph, aten.matmul.default, first, second, name="einsum_product", like=node)
     if len(right) > 1:
-        found = emit(graph, aten.unflatten.int, found, len(left), widths, name="einsum_split", like=node)
+        found = add_call(graph, aten.unflatten.int, found, len(left), widths, name="einsum_split", like=node)
     have = "".join([*stack, *left, *right])
     return arranged(found, have, list(output), [])
 
@@ -96,14 +96,14 @@ def _product(graph: fx.Graph, node: Call) -> fx.Node | None:
 def _product_and_sum(graph: fx.Graph, node: Call) -> fx.Node:
     bias, a, b = node.args[:3]
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    found = emit(graph, aten.bmm.default, a, b, name="product", like=node)
+    found = add_call(graph, aten.bmm.default, a, b, name="product", like=node)
     if alpha != 1:
-        found = emit(graph, aten.mul.Tensor, found, alpha, name="scaled", like=node)
+        found = add_call(graph, aten.mul.Tensor, found, alpha, name="scaled", like=node)
     if beta == 0:
         return found
     if beta != 1:
-        bias = emit(graph, aten.mul.Tensor, bias, beta, name="scaled", like=node)
-    return emit(graph, aten.add.Tensor, found, bias, name="sum", like=node)
+        bias = add_call(graph, aten.mul.Tensor, bias, beta, name="scaled", like=node)
+    return add_call(graph, aten.add.Tensor, found, bias, name="sum", like=node)
 
 
 def _unconverted(node: Call) -> fx.Node | None:
@@ -117,8 +117,8 @@ def _linear(graph: fx.Graph, node: Call, data: set[Call]) -> fx.Node | None:
     plain = len(weight.meta["val"].shape) == 2 and (bias is None or len(bias.meta["val"].shape) == 1)
     if not plain or x not in data or weight in data or bias in data or node.kwargs:
         return None
-    turned = emit(graph, aten.t.default, weight, name="weight", like=node)
-    return emit(graph, aten.linear.default, x, turned, bias, name="linear", like=node)
+    turned = add_call(graph, aten.t.default, weight, name="weight", like=node)
+    return add_call(graph, aten.linear.default, x, turned, bias, name="linear", like=node)
 
 
 def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:
@@ -133,7 +133,7 @@ def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:
     order = {n: i for i, n in enumerate(graph.nodes)}
     if any(_is_view(user) and order[user] < order[node] for user in target.users):
         return None
-    found = emit(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **node.kwargs)
+    found = add_call(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **node.kwargs)
     later = [user for user in target.users if order.get(user, -1) > order[node]]
     for user in later:
         user.replace_input_with(target, found)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from idlefx.analysis.attention import Spelling, match
-from idlefx.graph.build import emit
+from idlefx.graph.build import add_call
 from idlefx.graph.queries import remove_dead
 from idlefx.records import Plan
 
@@ -45,4 +45,4 @@ def _untransposed(graph: fx.Graph, key: fx.Node) -> fx.Node:
             source = key.args[0]
             assert isinstance(source, fx.Node)
             return source
-    return emit(graph, aten.transpose.int, key, -2, -1, name="keys", like=key)
+    return add_call(graph, aten.transpose.int, key, -2, -1, name="keys", like=key)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from idlefx.analysis.walk import argument
-from idlefx.graph.build import emit
+from idlefx.graph.build import add_call
 from idlefx.graph.queries import Call, by_name, remove_dead
 from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Plan
@@ -80,11 +80,11 @@ def _cut_out(node: Call, like: Call) -> fx.Node:
     """The part of a node that another cuts out; of a sum the sum of the parts, as the whole is then read only once."""
 
     def cut(part: fx.Node) -> fx.Node:
-        return emit(like.graph, like.target, part, *like.args[1:], name=like.name, like=like)
+        return add_call(like.graph, like.target, part, *like.args[1:], name=like.name, like=like)
 
     if not _is_plain_sum(node):
         return cut(node)
-    return emit(like.graph, node.target, *(cut(n) for n in node.args), name=like.name, like=like)
+    return add_call(like.graph, node.target, *(cut(n) for n in node.args), name=like.name, like=like)
 
 
 def _is_plain_sum(node: Call) -> bool:

@@ -27,8 +27,8 @@ def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             with graph.inserting_before(opened.exit):
                 head = Head(graph, block, opened)
                 given = (head.build(step), block.prefix, step.kept, *([] if before is None else [before]))
-                choice = head.emit(ops.choose_tokens, *given, name="choice")
-                index = head.emit(operator.getitem, choice, 0, name="index")
-                head.emit(operator.getitem, choice, 1, name="place")
+                choice = head.add(ops.choose_tokens, *given, name="choice")
+                index = head.add(operator.getitem, choice, 0, name="index")
+                head.add(operator.getitem, choice, 1, name="place")
             before = None if plan.reselect else index
     return module

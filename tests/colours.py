@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 import idlefx
 from idlefx.training.config import Settings
-from idlefx.training.loader import Batches
+from idlefx.training.loader import ImageLoader
 
 CLASSES, SIDE = 4, 16
 PLAIN = Settings(epochs=2, lr=1e-3, mixup=0.0, cutmix=0.0, smoothing=0.0)
@@ -72,6 +72,6 @@ def models(**options: Any) -> tuple[nn.Module, idlefx.IdleModule]:
     return deepcopy(_converted(**options))
 
 
-def batches(size: int = 48, batch_size: int = 8, **options: Any) -> tuple[Batches, Batches]:
+def batches(size: int = 48, batch_size: int = 8, **options: Any) -> tuple[ImageLoader, ImageLoader]:
     """Training and validation batches."""
-    return Batches(Colours(size), batch_size, training=True, **options), Batches(Colours(24, 0.0), batch_size)
+    return ImageLoader(Colours(size), batch_size, training=True, **options), ImageLoader(Colours(24, 0.0), batch_size)

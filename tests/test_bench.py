@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from idlefx import __main__ as shell
 from idlefx.bench import case, timer
-from idlefx.bench.baselines import Peer
+from idlefx.bench.baselines import Baseline
 from idlefx.bench.results import Timing, outcome
 from idlefx.bench.runner import Bench, bench
 from idlefx.bench.tables import render, to_json, verdict
@@ -47,7 +47,7 @@ COMMAND = [
 def test_models_take_turns_and_each_opens_a_round_now_and_then():
     order: list[str] = []
     samples: list[list[float]] = []
-    timer.race([lambda: order.append("a"), lambda: order.append("b")], CPU, samples, 0.0, rounds=4)
+    timer.time_in_turn([lambda: order.append("a"), lambda: order.append("b")], CPU, samples, 0.0, rounds=4)
     assert order == ["a", "b", "b", "a"] * 2
     assert len(samples) == 4 and all(len(row) == 2 for row in samples)
 
@@ -234,7 +234,7 @@ def test_peer_that_does_not_compile_is_skipped_and_the_rest_goes_on(monkeypatch)
         return model
 
     monkeypatch.setattr(case.torch, "compile", compile)
-    found = quick(modes=["eager", "default"], peers=[Peer("other", nn.Sequential(dense), 0.004)])
+    found = quick(modes=["eager", "default"], peers=[Baseline("other", nn.Sequential(dense), 0.004)])
     assert {t.mode: set(t.ms) for t in found.timings} == {
         "eager": {"dense", "idle", "other"},
         "default": {"dense", "idle"},

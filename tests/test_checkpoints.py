@@ -18,9 +18,9 @@ import idlefx
 from idlefx.training import checkpoints
 from idlefx.training.config import Settings
 from idlefx.training.feature_taps import tap
-from idlefx.training.loader import Batches
+from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import evaluate, finetune
-from idlefx.training.metric_log import COLUMNS, Metrics
+from idlefx.training.metric_log import COLUMNS, MetricLog
 from idlefx.training.trainer import LOSSES
 
 # Everything random is on: order, noise, dropout, mixup, cutmix; and everything with a state: momentum, averaging.
@@ -95,7 +95,7 @@ def test_weights_load_into_the_original_and_into_a_conversion(unbroken):
         for model in (dense, idle):
             safetensors.torch.load_model(model, directory / name)
         assert same_weights(idle, dense)
-        assert evaluate(tap(idle.eval()), Batches(Colours(24, 0.0), 8)) == top1
+        assert evaluate(tap(idle.eval()), ImageLoader(Colours(24, 0.0), 8)) == top1
         with safetensors.safe_open(directory / name, "pt") as file:
             assert float(file.metadata()["top1"]) == top1
     assert same_weights(idle, trained)
@@ -104,7 +104,7 @@ def test_weights_load_into_the_original_and_into_a_conversion(unbroken):
 
 def test_plan_is_a_file_for_people(tmp_path):
     dense, idle = models()
-    plan = checkpoints.describe(dense, idle, PLAIN, {"model": "vit"}, {"workers": 2})
+    plan = checkpoints.plan_of_run(dense, idle, PLAIN, {"model": "vit"}, {"workers": 2})
     checkpoints.start(tmp_path / "new" / "run", plan)
     told = json.loads((tmp_path / "new" / "run" / checkpoints.PLAN).read_text())
     assert told["plan"]["model"] == "vit" and told["plan"]["classes"] == CLASSES
@@ -116,7 +116,7 @@ def test_plan_is_a_file_for_people(tmp_path):
 
 def describe(**facts):
     dense, idle = models()
-    return checkpoints.describe(dense, idle, PLAIN, {"keep": [0.5], **facts}, {})
+    return checkpoints.plan_of_run(dense, idle, PLAIN, {"keep": [0.5], **facts}, {})
 
 
 def refusal(function, *arguments, **options):
@@ -137,7 +137,7 @@ def test_a_run_of_other_weights_is_refused(tmp_path):
     dense, idle = models()
     with torch.no_grad():
         dense.head.bias[0] += 1e-3
-    plan = checkpoints.describe(dense, idle, PLAIN, {"keep": [0.5]}, {})
+    plan = checkpoints.plan_of_run(dense, idle, PLAIN, {"keep": [0.5]}, {})
     message = refusal(checkpoints.start, tmp_path, plan, resume=True)
     assert says(message, "another model or plan", "dense_weights"), message
 
@@ -197,12 +197,12 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path):
 def test_metrics_of_a_full_disk_are_mended(tmp_path):
     options = {"steps": 3, "images": 8, "show": False}
     row = dict.fromkeys(COLUMNS, 1.0)
-    with Metrics(tmp_path, done=0, **options) as told:
+    with MetricLog(tmp_path, done=0, **options) as told:
         told.write(row)
         with largest_file(8):
             message = refusal(told.write, row)
     assert says(message, "cannot write", "metrics.csv"), message
     (tmp_path / "metrics.csv").open("a").write("2,0,0.0")
-    with Metrics(tmp_path, done=1, **options) as told:
+    with MetricLog(tmp_path, done=1, **options) as told:
         told.write(row)
     assert len(metrics(tmp_path)) == 2

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import idlefx
 from idlefx.graph.sizes import number
+from idlefx.runtime import cut_loss
 from idlefx.runtime.module import selections
 from idlefx.training import losses
 
@@ -139,7 +140,7 @@ def test_every_spelling_of_attention_has_the_same_loss(config):
     check(idlefx.with_cut_loss(idle), x, model, run_generated(model, plan, x))
 
 
-RIGHT = losses.token_cut
+RIGHT = cut_loss.token_cut
 WRONG = {
     "scale": lambda q, k, index, prefix: RIGHT(1.1 * q, k, index, prefix),
     "prefix": lambda q, k, index, prefix: RIGHT(q, k, index, ()),
@@ -163,7 +164,7 @@ def plain() -> tuple[nn.Module, Any, Tensor, masked.Result]:
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_wrong_formula_is_noticed(mistake, plain):
     model, idle, x, expected = plain
-    with patch.object(losses, "token_cut", WRONG[mistake]):
+    with patch.object(cut_loss, "token_cut", WRONG[mistake]):
         student = idlefx.with_cut_loss(idle)
     with pytest.raises(AssertionError):
         check(student, (x,), model, expected)
@@ -180,12 +181,12 @@ def test_loss_by_hand():
     # All weights are 1/5; tokens 0 (prefix), 1 and 3 work: S = 3/5, c = 1/5.
     flat, index = torch.zeros(1, 5, 7, dtype=torch.float64), torch.tensor([[0, 1, 3]])
     working, idle = 2 * (1 - 3 / 5) ** 2, (3 / 5 - 1 / 5) ** 2
-    assert losses.token_cut(flat, flat, index, (0,)).item() == pytest.approx((3 * working + 2 * idle) / 5)
-    assert losses.token_cut(flat, flat, index, ()).item() == pytest.approx((3 * working + 2 * (3 / 5) ** 2) / 5)
+    assert cut_loss.token_cut(flat, flat, index, (0,)).item() == pytest.approx((3 * working + 2 * idle) / 5)
+    assert cut_loss.token_cut(flat, flat, index, ()).item() == pytest.approx((3 * working + 2 * (3 / 5) ** 2) / 5)
     # The last token is the prefix, and the only one that anybody looks at: nothing crosses.
     keys = torch.tensor([0.0, 0.0, 0.0, 0.0, 99.0]).view(1, 5, 1)
-    assert losses.token_cut(torch.ones(1, 5, 1), keys, torch.tensor([[0, 1, 4]]), (4,)).item() == 0
-    assert losses.token_cut(torch.ones(1, 5, 1), keys, torch.tensor([[0, 1, 4]]), (0,)).item() == pytest.approx(2 / 5)
+    assert cut_loss.token_cut(torch.ones(1, 5, 1), keys, torch.tensor([[0, 1, 4]]), (4,)).item() == 0
+    assert cut_loss.token_cut(torch.ones(1, 5, 1), keys, torch.tensor([[0, 1, 4]]), (0,)).item() == pytest.approx(2 / 5)
 
 
 def test_half_precision_keeps_a_small_loss():
@@ -194,13 +195,13 @@ def test_half_precision_keeps_a_small_loss():
     index = torch.arange(11).expand(2, -1)
     q[:, :11], k[:, :11], k[:, 11:] = 1.0, 1.0, -1.0  # working tokens hardly look at idle ones
     q[:, 11:] = -1.0
-    exact = losses.token_cut(q, k, index, (0,))
+    exact = cut_loss.token_cut(q, k, index, (0,))
     assert exact < 1e-9
     with torch.autocast("cpu", torch.bfloat16):
-        rough = losses.token_cut(q.float(), k.float(), index, (0,))
+        rough = cut_loss.token_cut(q.float(), k.float(), index, (0,))
     assert rough.dtype == torch.float32
     assert rough.item() == pytest.approx(exact.item(), rel=0.05)
-    assert losses.token_cut(q.bfloat16(), k.bfloat16(), index, (0,)).item() == pytest.approx(exact.item(), rel=0.05)
+    assert cut_loss.token_cut(q.bfloat16(), k.bfloat16(), index, (0,)).item() == pytest.approx(exact.item(), rel=0.05)
 
 
 def test_distillation_by_hand():
@@ -266,7 +267,7 @@ def test_nothing_as_large_as_a_map_for_each_head(family):
         works = torch.zeros(q.shape[:2], dtype=torch.bool).scatter(1, index, True)
         return masked.token_cut_loss(12 * heads, works, prefix)
 
-    with patch.object(losses, "token_cut", by_maps):
+    with patch.object(cut_loss, "token_cut", by_maps):
         student = idlefx.with_cut_loss(idle)
     with pytest.raises(AssertionError):
         check_no_map_for_each_head(student, images(model, 2), 12, tokens)
@@ -374,7 +375,7 @@ def test_every_idling_block_counts_alike(plain):
         alone.append(found)
         return found
 
-    with patch.object(losses, "token_cut", noted):
+    with patch.object(cut_loss, "token_cut", noted):
         student = idlefx.with_cut_loss(idle)
         alone.clear()
         _, loss = student(x)

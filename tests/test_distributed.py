@@ -17,9 +17,9 @@ from idlefx.cli.finetune import main
 from idlefx.pipeline import spell
 from idlefx.training.distributed import World, processes
 from idlefx.training.feature_taps import tap
-from idlefx.training.loader import Batches
+from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import evaluate
-from idlefx.training.trainer import Training
+from idlefx.training.trainer import Trainer
 
 PROCESSES, IMAGES, TO_LOOK_AT = 2, 8, 25
 
@@ -37,7 +37,7 @@ def training(world, accumulate):
     )
     settings = idlefx.training.config.Settings(**{**vars(PLAIN), "accumulate": accumulate, "clip": 0.0, "w_cut": 20.0})
     batch_size = IMAGES // (world.size * accumulate)
-    return Training(idle.eval(), student, teacher, settings, steps=1, batch_size=batch_size, world=world)
+    return Trainer(idle.eval(), student, teacher, settings, steps=1, batch_size=batch_size, world=world)
 
 
 def gradients(world, accumulate, images=IMAGES):
@@ -52,7 +52,7 @@ def gradients(world, accumulate, images=IMAGES):
 
 
 def accuracy(world):
-    images = Batches(Colours(TO_LOOK_AT), 4, world=world)
+    images = ImageLoader(Colours(TO_LOOK_AT), 4, world=world)
     return evaluate(vit(), images), sum(len(labels) for _, labels in images.epoch())
 
 
@@ -76,7 +76,7 @@ def child(rank, ports, directory):
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(PROCESSES), "MASTER_PORT": str(ports[0])}
     with processes("cpu") as world:
         found = {"gradients": gradients(world, accumulate=2), "accuracy": accuracy(world), "any": world.any(rank == 1)}
-        part = Batches(Colours(100), 4, world=world)
+        part = ImageLoader(Colours(100), 4, world=world)
         part.unreadable[rank] = "damaged"
         try:
             part.agree()
@@ -142,7 +142,7 @@ def test_what_one_process_knows_all_are_told(pair):
 
 def test_training_images_are_shared_out_and_change_places_from_epoch_to_epoch():
     def seen(rank, epoch):
-        part = Batches(Colours(24, noise=0.0), 4, training=True, world=World(rank, PROCESSES))
+        part = ImageLoader(Colours(24, noise=0.0), 4, training=True, world=World(rank, PROCESSES))
         return [image.numpy().tobytes() for images, _ in part.epoch(epoch) for image in images]
 
     shares = [seen(rank, epoch=0) for rank in range(PROCESSES)]

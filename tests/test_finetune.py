@@ -22,12 +22,12 @@ from torch.utils.data import IterableDataset
 import idlefx
 from idlefx.cli.finetune import main
 from idlefx.training.config import Settings
-from idlefx.training.datasets import Source, open_batches
+from idlefx.training.datasets import Source, open_loaders
 from idlefx.training.distributed import World, processes
 from idlefx.training.feature_taps import class_count, has_features, tap, token_parameters
-from idlefx.training.loader import Batches
+from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import evaluate, finetune
-from idlefx.training.metric_log import Metrics
+from idlefx.training.metric_log import MetricLog
 from idlefx.training.trainer import LOSSES
 
 ALONE = Settings(epochs=5, lr=3e-3, mixup=0.0, cutmix=0.0, smoothing=0.0, w_cut=0.0, w_kd=0.0, w_feat=0.0)
@@ -100,14 +100,14 @@ def test_unreadable_images_are_named_skipped_and_counted(command):
 
 
 def test_an_interrupt_ends_the_run_after_its_step_and_it_can_be_continued(command, data, tmp_path, monkeypatch, capsys):
-    write = Metrics.write
+    write = MetricLog.write
 
     def interrupted(self, row):
         write(self, row)
         if row["step"] == 2:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Metrics, "write", interrupted)
+    monkeypatch.setattr(MetricLog, "write", interrupted)
     before = signal.getsignal(signal.SIGINT)
     assert main(arguments(data, tmp_path / "run")) == 130
     assert signal.getsignal(signal.SIGINT) is before
@@ -155,7 +155,7 @@ def test_training_wins_accuracy_and_leaves_the_teacher_alone():
     before = fingerprint(dense)
     history = finetune(dense, idle, *batches(96), ALONE)
     assert history.dense < 50 < 90 < history.tuned <= history.best
-    assert history.tuned == evaluate(tap(idle), Batches(Colours(24, 0.0), 8))
+    assert history.tuned == evaluate(tap(idle), ImageLoader(Colours(24, 0.0), 8))
     assert fingerprint(dense) == before
     assert len(history.rows) == 5 * 12 and history.finished
     assert not idle.training and all(parameter.requires_grad for parameter in idle.parameters())
@@ -267,7 +267,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(tm
     finetune(*models(), *batches(16), replace(ALONE, epochs=3), directory=tmp_path, stop=lambda: next(stop))
     before = (tmp_path / "training.pt").read_bytes()
     _, idle = broken = models()
-    train, val = Batches(Broken(16), 8, training=True), Batches(Colours(8), 8)
+    train, val = ImageLoader(Broken(16), 8, training=True), ImageLoader(Colours(8), 8)
     message = refusal(finetune, *broken, train, val, replace(ALONE, epochs=3), directory=tmp_path, resume=True)
     assert says(message, r"step 3 gave loss nan, task nan, grad_norm nan", "last checkpoint"), message
     assert (tmp_path / "training.pt").read_bytes() == before
@@ -338,15 +338,17 @@ class Stream(IterableDataset):
 
 
 def test_streams_follow_from_seed_epoch_and_place_too():
-    train = Batches(Stream(), 8, training=True, workers=2)
+    train = ImageLoader(Stream(), 8, training=True, workers=2)
     first = seen(train, 1)
     assert len(train) == 5 and len(first) == 4  # each of two workers has 20 images
-    assert same(first[1:], seen(train, 1, 1)) and same(first, seen(Batches(Stream(), 8, training=True, workers=2), 1))
+    assert same(first[1:], seen(train, 1, 1)) and same(
+        first, seen(ImageLoader(Stream(), 8, training=True, workers=2), 1)
+    )
     assert not same(first, seen(train, 2))
 
 
 def test_labels_that_the_head_does_not_know_are_refused():
-    part = Batches(Colours(8), 8, classes=3)
+    part = ImageLoader(Colours(8), 8, classes=3)
     assert says(refusal(lambda: list(part.epoch())), "class 3", "head has 3 classes")
 
 
@@ -356,7 +358,7 @@ def test_fewer_images_than_a_step_needs_are_refused():
 
 
 def open_folder(path, name=None, **source):
-    return open_batches(Source(str(name or path), augment="none", **source), models()[1], 4)
+    return open_loaders(Source(str(name or path), augment="none", **source), models()[1], 4)
 
 
 def test_folder_is_opened_with_the_classes_of_the_training_images(tmp_path):
@@ -427,7 +429,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_tensorboard_is_asked_for_where_it_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    message = refusal(Metrics, tmp_path, done=0, steps=1, images=1, show=False, tensorboard=True)
+    message = refusal(MetricLog, tmp_path, done=0, steps=1, images=1, show=False, tensorboard=True)
     assert says(message, "pip install tensorboard")
 
 

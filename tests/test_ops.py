@@ -95,7 +95,7 @@ def test_query_of_one_token_is_its_norm_and_a_linear_layer(dim, count):
 def test_plain_operations_do_the_work_where_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(ops, "_fusing", True)
     monkeypatch.setattr(ops, "_runs_kernels", lambda _: ops._fusing)
-    monkeypatch.setattr(ops, "fused", SimpleNamespace(MOST_TOKENS=10), raising=False)
+    monkeypatch.setattr(ops, "triton_ops", SimpleNamespace(MOST_TOKENS=10), raising=False)
     tokens, weight = torch.randn(3, 6, 8), torch.randn(5, 8)
     layers = (tokens.new_ones(8), None, 1e-6, weight, None)
     with ops.plain():

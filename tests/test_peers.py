@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import idlefx
 from idlefx import __main__ as shell
-from idlefx.bench.baselines import make_peer, open_peers
+from idlefx.bench.baselines import make_baseline, open_baselines
 from idlefx.bench.plot import figure, plot, points
 from idlefx.bench.results import Bench, Timing
 from idlefx.bench.tables import summary
@@ -65,7 +65,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def peer_of(given: str) -> Any:
     dense, idle, example = pair()
-    return make_peer("tome", open_peers([given])["tome"], dense, example, idlefx.report(idle).idle_gmacs)
+    return make_baseline("tome", open_baselines([given])["tome"], dense, example, idlefx.report(idle).idle_gmacs)
 
 
 def test_peer_merges_until_it_costs_what_idling_costs(checkout):
@@ -102,18 +102,18 @@ def test_checkout_that_cannot_be_used_is_refused(checkout, tmp_path, capsys):
     assert shell.main([*COMMAND, "--peer", f"tome={tmp_path}"]) == 2
     assert "has no tome/patch/timm.py" in capsys.readouterr().err
     with pytest.raises(InputError, match="cannot be imported, ModuleNotFoundError: No module named 'no_such_module'"):
-        open_peers([checkout(start="import no_such_module")])
+        open_baselines([checkout(start="import no_such_module")])
     with pytest.raises(InputError, match="NAME=PATH; known are tome"):
-        open_peers(["evit=here"])
+        open_baselines(["evit=here"])
 
 
 def test_other_code_of_that_name_is_not_taken_for_the_checkout(checkout, tmp_path):
-    open_peers([checkout()])
+    open_baselines([checkout()])
     other = tmp_path / "other" / "tome" / "patch"
     other.mkdir(parents=True)
     (other / "timm.py").touch()
     with pytest.raises(InputError, match="was imported instead of"):
-        open_peers([f"tome={tmp_path / 'other'}"])
+        open_baselines([f"tome={tmp_path / 'other'}"])
 
 
 def benches() -> list[Bench]:

@@ -11,9 +11,9 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import idlefx
 from idlefx.deploy.artifacts import Artifact
-from idlefx.deploy.io_schema import describe
+from idlefx.deploy.io_schema import structure_of
 from idlefx.deploy.manifest import manifest_of
-from idlefx.deploy.program import port
+from idlefx.deploy.program import make_program
 
 
 class Pair(NamedTuple):
@@ -52,7 +52,7 @@ class FixedBatch(nn.Module):
 
 def artifact(idle, **options):
     """What `load` gives, but for the compiled code: the traced program runs instead."""
-    portable = port(idle, **options)
+    portable = make_program(idle, **options)
     return Artifact(manifest_of(portable), lambda tensors: portable.module(*tensors))
 
 
@@ -98,7 +98,7 @@ def test_what_is_not_plain_is_refused():
         what: object
 
     with pytest.raises(idlefx.InputError, match=r"`output\.odd\.what` is a object; only tensors"):
-        describe({"odd": Odd(object())}, "output")
+        structure_of({"odd": Odd(object())}, "output")
 
 
 class Counting(torch.nn.Module):

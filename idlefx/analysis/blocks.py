@@ -74,7 +74,7 @@ def find_blocks(module: fx.GraphModule, prefix: int | Sequence[int] | None = Non
     blocks: list[Block] = []
     known: dict[fx.Node, fx.Node] = {}
     for trunk in trunks:
-        blocks.append(_describe(flow, trunk, len(blocks), known, prefix))
+        blocks.append(_block_of(flow, trunk, len(blocks), known, prefix))
         known[trunk.exit] = trunk.entry
     return BlockTable(tuple(_with_class_token(graph, blocks, prefix is not None)), count_macs(graph.nodes))
 
@@ -106,7 +106,7 @@ def open_block(graph: fx.Graph, block: Block) -> Opened:
     return Opened(entry, leave, cores, nodes, walk, flow)
 
 
-def _describe(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, fx.Node], prefix: Any) -> Block:
+def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, fx.Node], prefix: Any) -> Block:
     nodes = region(flow, trunk.entry, trunk.exit)
     stream, query = (shape_of(node) for node in (trunk.entry, trunk.cores[0].query))
     spelled = sorted({core.name for core in trunk.cores})

@@ -21,7 +21,7 @@ MOST = 1024  # tokens to merge in a block, at most
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """Another model to be timed in the same run: its name, itself, and its GMACs for one image."""
 
     name: str
@@ -29,7 +29,7 @@ class Peer:
     gmacs: float
 
 
-def open_peers(given: Sequence[str]) -> dict[str, Callable[[nn.Module], None]]:
+def open_baselines(given: Sequence[str]) -> dict[str, Callable[[nn.Module], None]]:
     """The functions that patch a model, by the name of the peer.
 
     Args:
@@ -47,12 +47,14 @@ def open_peers(given: Sequence[str]) -> dict[str, Callable[[nn.Module], None]]:
     return found
 
 
-def make_peer(name: str, patch: Callable[[nn.Module], None], dense: nn.Module, example: Any, gmacs: float) -> Peer:
+def make_baseline(
+    name: str, patch: Callable[[nn.Module], None], dense: nn.Module, example: Any, gmacs: float
+) -> Baseline:
     """A patched copy of a model that merges so many tokens in every block that it costs about what idling costs.
 
     Args:
         name: What it is called.
-        patch: From `open_peers`; the patched model merges `model.r` tokens in every block.
+        patch: From `open_baselines`; the patched model merges `model.r` tokens in every block.
         dense: The model, in evaluation mode.
         example: A tensor, a tuple of positional or a dict of keyword inputs.
         gmacs: What it should cost for one image, in units of 1e9.
@@ -78,7 +80,7 @@ def make_peer(name: str, patch: Callable[[nn.Module], None], dense: nn.Module, e
     cost = _gmacs(twin, example)
     if not cost < whole:
         raise InputError(f"peer {name}: merging {merged} tokens a block saves nothing; it does not know this model")
-    return Peer(name, twin, cost)
+    return Baseline(name, twin, cost)
 
 
 def _tome(path: Path) -> Callable[[nn.Module], None]:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idlefx.bench.timer import WARM_UP, race, release
+from idlefx.bench.timer import WARM_UP, release, time_in_turn
 from idlefx.records import Block, Plan
 from idlefx.reporting.latency import BlockTimes, size_of
-from idlefx.utils.devices import describe
+from idlefx.utils.devices import machine_in_words
 
 TILE = 8  # the finest grain at which the tile sizes of kernels show
 PARTS = 8  # token counts that are measured besides those of plans
@@ -50,10 +50,10 @@ def measure_times(
         calls = [partial(run, x) for x in inputs]
         for once in calls * WARM_UP:
             once()
-        race(calls, weight.device, samples, seconds * len(calls))
+        time_in_turn(calls, weight.device, samples, seconds * len(calls))
     release(weight.device)
     ms = [median(taken) for taken in zip(*samples, strict=True)]
-    return BlockTimes(describe(weight), mode, batch, *size_of(block), dict(zip(counts, ms, strict=True)))
+    return BlockTimes(machine_in_words(weight), mode, batch, *size_of(block), dict(zip(counts, ms, strict=True)))
 
 
 class _PlainBlock(nn.Module):

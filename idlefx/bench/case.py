@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from idlefx.bench.results import DENSE, EAGER, IDLE, Timing
-from idlefx.bench.timer import WARM_UP, Run, lacks_memory, peak_mib, race, reclaim, release
+from idlefx.bench.timer import WARM_UP, Run, lacks_memory, peak_mib, reclaim, release, time_in_turn
 from idlefx.errors import first_line
 
 REPLAYING = ("reduce-overhead", "max-autotune")  # modes that replay CUDA graphs, whose memory is out of sight
@@ -16,7 +16,7 @@ SCOPE = 64  # compiled versions of a model's code; past eight the compiler silen
 Prepare = Callable[[nn.Module, Callable[..., Any], Any], tuple[Run, Sequence[Tensor]]]
 
 
-class Contest:
+class BenchCase:
     """All modes and models at one batch size; they take turns.
 
     Args:
@@ -43,7 +43,7 @@ class Contest:
         self.interrupted = False
 
     def run(self, modes: Sequence[str], seconds: float, rounds: int | None) -> None:
-        """Warm up and race; what cannot be timed is noted in `skipped`, an interrupt in `interrupted`."""
+        """Warm up and time in turn; what cannot be timed is noted in `skipped`, an interrupt in `interrupted`."""
         try:
             with torch._dynamo.config.patch(recompile_limit=SCOPE):
                 inputs = self.inputs()
@@ -51,7 +51,7 @@ class Contest:
                     self._warm(mode, inputs)
                 pairs = len(self.runs) / 2
                 if self.runs:
-                    race(list(self.runs.values()), self.device, self.samples, seconds * pairs, rounds)
+                    time_in_turn(list(self.runs.values()), self.device, self.samples, seconds * pairs, rounds)
         except KeyboardInterrupt:
             self.interrupted = True
         except (RuntimeError, MemoryError) as error:

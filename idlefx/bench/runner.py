@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
-from idlefx.bench.baselines import Peer
-from idlefx.bench.case import Contest, Prepare
+from idlefx.bench.baselines import Baseline
+from idlefx.bench.case import BenchCase, Prepare
 from idlefx.bench.results import DENSE, EAGER, IDLE, Bench
 from idlefx.bench.timer import Run
 from idlefx.bench.train_step import training_step
@@ -22,7 +22,7 @@ from idlefx.errors import InputError
 from idlefx.pipeline import with_cut_loss
 from idlefx.reporting.cost_report import report
 from idlefx.runtime.module import IdleModule
-from idlefx.utils.devices import check_dtype, describe, present
+from idlefx.utils.devices import check_dtype, machine_in_words, present
 
 MODES = (EAGER, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -36,7 +36,7 @@ def bench(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     modes: Sequence[str] = (EAGER, "default"),
-    peers: Sequence[Peer] = (),
+    peers: Sequence[Baseline] = (),
     training: bool = False,
     title: str = "",
     seconds: float = 4.0,
@@ -80,9 +80,9 @@ def bench(
         weight = next(models[DENSE].parameters())
         amp = dtype if training and dtype != torch.float32 else None
         prepare = _steps(amp) if training else dict.fromkeys(models, _call)
-        found = replace(found, machine=describe(weight) + (f", autocast to {amp}" if amp else ""))
+        found = replace(found, machine=machine_in_words(weight) + (f", autocast to {amp}" if amp else ""))
         for batch in tqdm(batches, desc="bench", unit="batch", leave=False, disable=not progress):
-            case = Contest(models, prepare, partial(_resized, example, batch, weight), batch, weight.device)
+            case = BenchCase(models, prepare, partial(_resized, example, batch, weight), batch, weight.device)
             case.run(modes, seconds, rounds)
             found = replace(
                 found,
@@ -101,7 +101,7 @@ def bench(
 def _ready(
     dense: nn.Module,
     idle: IdleModule,
-    peers: Sequence[Peer],
+    peers: Sequence[Baseline],
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     training: bool,
@@ -125,7 +125,7 @@ def _ready(
             module.training = mode
 
 
-def _gmacs(idle: IdleModule, peers: Sequence[Peer]) -> dict[str, float]:
+def _gmacs(idle: IdleModule, peers: Sequence[Baseline]) -> dict[str, float]:
     totals = report(idle)
     return {DENSE: totals.dense_gmacs, IDLE: totals.idle_gmacs, **{peer.name: peer.gmacs for peer in peers}}
 

@@ -15,7 +15,7 @@ FEWEST_ROUNDS, MOST_ROUNDS = 5, 500
 MEMORY_ERRORS = ("out of memory", "allocate memory", "not enough memory")
 
 
-def race(
+def time_in_turn(
     runs: Sequence[Run], device: torch.device, samples: list[list[float]], seconds: float, rounds: int | None = None
 ) -> None:
     """Call all of them in turn, round after round, so that whatever disturbs the machine disturbs them alike.

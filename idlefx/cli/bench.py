@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idlefx.bench.baselines import Peer, make_peer, open_peers
+from idlefx.bench.baselines import Baseline, make_baseline, open_baselines
 from idlefx.bench.block_latency import measure_times, token_counts
 from idlefx.bench.plot import check_chart, plot
 from idlefx.bench.results import EAGER, Bench
@@ -76,7 +76,7 @@ class Campaign:
             check_chart(options.plot)
         if options.training and options.peer:
             raise InputError("bench: peers are for inference; leave --peer or --training out")
-        self.peers = open_peers(options.peer)
+        self.peers = open_baselines(options.peer)
         self.done: list[Bench] = []
         self.tables: list[BlockTimes] = []
 
@@ -133,10 +133,10 @@ class Campaign:
             self._tabulate(plans, next(model.parameters()))
 
     def _bench(self, title: str, model: nn.Module, idle: IdleModule, example: Any) -> Bench:
-        options, peers, refused = self.options, list[Peer](), list[str]()
+        options, peers, refused = self.options, list[Baseline](), list[str]()
         for name, patch in self.peers.items():
             try:
-                peers.append(make_peer(name, patch, model, example, report(idle).idle_gmacs))
+                peers.append(make_baseline(name, patch, model, example, report(idle).idle_gmacs))
             except InputError as error:
                 refused.append(str(error))
 

@@ -14,7 +14,7 @@ from idlefx.cli.finetune_options import decisive, parse, settings_of, source_of,
 from idlefx.errors import IdleFxError
 from idlefx.pipeline import convert
 from idlefx.training import checkpoints
-from idlefx.training.datasets import open_batches
+from idlefx.training.datasets import open_loaders
 from idlefx.training.distributed import World, interrupts, processes
 from idlefx.training.loop import finetune
 
@@ -49,12 +49,12 @@ def _run(options: argparse.Namespace, world: World, interrupted: Callable[[], bo
         example_inputs=example,
         **choice_of(options),
     )
-    train, val = open_batches(
+    train, val = open_loaders(
         source_of(options), idle, options.batch_size, seed=settings.seed, workers=options.workers, world=world
     )  # fmt: skip
     directory = options.resume or options.out or Path("runs", time.strftime("%Y-%m-%d-%H%M%S"))
     if world.leads:
-        plan = checkpoints.describe(dense, idle, settings, decisive(options, train, val), stored(options))
+        plan = checkpoints.plan_of_run(dense, idle, settings, decisive(options, train, val), stored(options))
         checkpoints.start(directory, plan, resume=options.resume is not None)
         print(idle.plan, end="\n\n")
     history = finetune(

@@ -10,7 +10,7 @@ from idlefx.cli.arguments import add_model, add_plan, add_switch, flag
 from idlefx.training import checkpoints
 from idlefx.training.config import Settings
 from idlefx.training.datasets import GLYPHS, Source
-from idlefx.training.loader import Batches
+from idlefx.training.loader import ImageLoader
 
 # The embedded example, as examples/study.py found it best: every scene is seen once, so nothing can be overfitted and
 # no augmentation is needed; and so few steps do not suffice for attention to follow the token cut loss.
@@ -60,7 +60,7 @@ def source_of(options: argparse.Namespace) -> Source:
     )
 
 
-def decisive(options: argparse.Namespace, train: Batches, val: Batches) -> dict[str, Any]:
+def decisive(options: argparse.Namespace, train: ImageLoader, val: ImageLoader) -> dict[str, Any]:
     """What must be the same for a run to go on exactly; where the images lie may change."""
     facts = {name: getattr(options, name) for name in DECISIVE}
     return {**facts, "images": [len(train.dataset), len(val.dataset)], "processes": train.world.size}

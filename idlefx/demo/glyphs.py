@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 SMALLEST = 16  # below it, not even people can tell the glyphs apart
 
 
-class Drawn(NamedTuple):
+class DrawnScenes(NamedTuple):
     """Many scenes as tensors.
 
     Attributes:
@@ -102,7 +102,7 @@ class Glyphs(Dataset[tuple[Any, int]]):
         """Where the glyph of one scene is, (H, W)."""
         return self.scene(index).mask
 
-    def draw(self) -> Drawn:
+    def draw(self) -> DrawnScenes:
         """Draw every scene: some thousands a second at 32 pixels."""
         side = self.image_size
         pixels = torch.empty(self.size, 3, side, side, dtype=torch.uint8)
@@ -112,7 +112,7 @@ class Glyphs(Dataset[tuple[Any, int]]):
             scene = self.scene(number)
             pixels[number] = torch.from_numpy(np.array(scene.image)).permute(2, 0, 1)
             masks[number] = torch.from_numpy(scene.mask)
-        return Drawn(pixels, torch.arange(self.size) % len(CLASSES), masks)
+        return DrawnScenes(pixels, torch.arange(self.size) % len(CLASSES), masks)
 
     def _number(self, index: int) -> int:
         number = index + self.size if index < 0 else index

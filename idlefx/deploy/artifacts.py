@@ -12,7 +12,7 @@ from idlefx.deploy.io_schema import fill, take
 from idlefx.deploy.manifest import check_manifest, manifest_of, metadata_of, name_of, plan_of, read_manifest
 from idlefx.deploy.onnx import check_libraries, verify_onnx, write_onnx
 from idlefx.deploy.parity import check_parity
-from idlefx.deploy.program import Portable, port
+from idlefx.deploy.program import Program, make_program
 from idlefx.errors import InputError
 from idlefx.runtime.module import IdleModule
 from idlefx.utils.files import check_writable, whole_file
@@ -113,7 +113,7 @@ def package(
     """
     path = check_path(path)
     with whole_file(path) as partial:
-        portable = port(idle, device, dtype, batch)
+        portable = make_program(idle, device, dtype, batch)
         write, check = WRITERS[path.suffix]
         write(portable, manifest_of(portable), partial)
         if verify:
@@ -136,11 +136,11 @@ def check_path(path: str | Path) -> Path:
     return path
 
 
-def _write_pt2(portable: Portable, manifest: dict[str, Any], path: Path) -> None:
+def _write_pt2(portable: Program, manifest: dict[str, Any], path: Path) -> None:
     build_artifact(portable.export(), path, metadata_of(manifest))
 
 
-def _verify_pt2(portable: Portable, path: Path) -> None:
+def _verify_pt2(portable: Program, path: Path) -> None:
     run = open_artifact(path)
     check_parity(portable.module, lambda *tensors: run(list(tensors)), "packaged", (portable.tensors, {}))
 

@@ -31,12 +31,12 @@ class _Slot(int):
 
 
 def numbered(leaves: Iterable[Any], kind: type) -> list[Any]:
-    """The leaves, those of that kind replaced by their places among one another, for `describe`."""
+    """The leaves, those of that kind replaced by their places among one another, for `structure_of`."""
     count = iter(range(sys.maxsize))
     return [_Slot(next(count)) if isinstance(leaf, kind) else leaf for leaf in leaves]
 
 
-def describe(value: Any, where: str) -> Structure:
+def structure_of(value: Any, where: str) -> Structure:
     """The structure of a value, whose leaves are `numbered`.
 
     Raises:
@@ -48,9 +48,9 @@ def describe(value: Any, where: str) -> Structure:
         return {"value": value}
     named = _named(value)
     if named is not None:
-        return {"fields": {str(key): describe(part, f"{where}.{key}") for key, part in named.items()}}
+        return {"fields": {str(key): structure_of(part, f"{where}.{key}") for key, part in named.items()}}
     if isinstance(value, (list, tuple)):
-        parts = [describe(part, f"{where}.{place}") for place, part in enumerate(value)]
+        parts = [structure_of(part, f"{where}.{place}") for place, part in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": parts}
     raise InputError(
         f"package: `{where}` is a {type(value).__name__}; only tensors, numbers, strings and lists, tuples, dicts and "

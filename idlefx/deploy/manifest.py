@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from idlefx.deploy.program import Portable
+from idlefx.deploy.program import Program
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.records import Block, BlockTable, Plan, Step
 from idlefx.utils.devices import present
@@ -21,7 +21,7 @@ FORMAT = 1
 CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # as torch names them; each has what those before it have
 
 
-def manifest_of(portable: Portable) -> dict[str, Any]:
+def manifest_of(portable: Program) -> dict[str, Any]:
     """What is to be known of a program: how it is called, what it does, where it runs, who made it.
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 from idlefx.capture.export import quiet
 from idlefx.deploy.manifest import KEY
 from idlefx.deploy.parity import check_parity
-from idlefx.deploy.program import Portable
+from idlefx.deploy.program import Program
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.runtime import ops
 
@@ -26,7 +26,7 @@ def check_libraries() -> None:
         raise InputError(f"package: {' and '.join(missing)} is not installed; pip install 'idlefx[onnx]'")
 
 
-def write_onnx(portable: Portable, manifest: Mapping[str, Any], path: Path) -> None:
+def write_onnx(portable: Program, manifest: Mapping[str, Any], path: Path) -> None:
     """Write a program as ONNX, weights inside, the manifest among its metadata.
 
     Raises:
@@ -64,7 +64,7 @@ def _sort(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = 
     return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
 
-def verify_onnx(portable: Portable, path: Path) -> None:
+def verify_onnx(portable: Program, path: Path) -> None:
     """Hold the file against the eager model, as onnxruntime runs it on the CPU.
 
     Raises:

@@ -11,7 +11,7 @@ from torch.fx.graph import CodeGen, _PyTreeCodeGen
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from idlefx.deploy.io_schema import Structure, describe, numbered, tensor_names
+from idlefx.deploy.io_schema import Structure, numbered, structure_of, tensor_names
 from idlefx.deploy.parity import Inputs, example_of
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.graph.queries import output_of, placeholders, value
@@ -19,11 +19,11 @@ from idlefx.graph.sizes import formula
 from idlefx.runtime.module import IdleModule, check_converted
 from idlefx.utils.devices import present
 
-Batch = tuple[int, int]
+BatchRange = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Portable:
+class Program:
     """A model without the Python around it.
 
     Attributes:
@@ -38,7 +38,7 @@ class Portable:
 
     idle: IdleModule
     module: fx.GraphModule
-    batch: Batch
+    batch: BatchRange
     tensors: tuple[torch.Tensor, ...]
     results: tuple[torch.Tensor, ...]
     arguments: Structure
@@ -82,12 +82,12 @@ class Portable:
             return torch.export.export(self.module, self.tensors, dynamic_shapes=shapes)
 
 
-def port(
+def make_program(
     idle: IdleModule,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch: Sequence[int] = (1, 1024),
-) -> Portable:
+) -> Program:
     """Make a model portable; the model itself is not touched.
 
     Args:
@@ -106,17 +106,17 @@ def port(
     example = example_of(moved, max(fewest, min(2, most)))
     module, arguments, result = _flat(moved, example)
     tensors = tuple(leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor))
-    return Portable(moved, module, batch, tensors, _run(module, tensors), arguments, result)
+    return Program(moved, module, batch, tensors, _run(module, tensors), arguments, result)
 
 
-def _range(batch: Sequence[int]) -> Batch:
+def _range(batch: Sequence[int]) -> BatchRange:
     match batch:
         case (int(fewest), int(most)) if 1 <= fewest <= most:
             return fewest, most
     raise InputError(f"package: batch must be the fewest and the most images, such as (1, 1024), got {batch!r}")
 
 
-def _only(idle: IdleModule) -> Batch:
+def _only(idle: IdleModule) -> BatchRange:
     images = max((t for t in tree_leaves(example_of(idle)) if isinstance(t, torch.Tensor)), key=torch.numel)
     return len(images), len(images)
 
@@ -169,7 +169,7 @@ def _flat(idle: IdleModule, example: Inputs) -> tuple[fx.GraphModule, Structure,
     out.args = (tuple(leaf for leaf in results if isinstance(leaf, fx.Node)),)
     graph.set_codegen(CodeGen())
     arguments = dict(zip(names, [*args, *kwargs.values()], strict=True))
-    return fx.GraphModule(idle, graph, "Portable"), describe(arguments, ""), describe(result, "output")
+    return fx.GraphModule(idle, graph, "Program"), structure_of(arguments, ""), structure_of(result, "output")
 
 
 def _run(module: fx.GraphModule, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,9 @@ from torch import fx
 from idlefx.graph.queries import example_value
 
 
-def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, name: str, like: fx.Node, **kwargs: Any) -> fx.Node:
+def add_call(
+    graph: fx.Graph, target: Callable[..., Any], *args: Any, name: str, like: fx.Node, **kwargs: Any
+) -> fx.Node:
     """Insert a call at the graph's insertion point, its value inferred and its origin taken from `like`."""
     node = graph.create_node("call_function", target, args, kwargs, name=name)
     node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "idlefx")}

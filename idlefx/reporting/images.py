@@ -20,7 +20,7 @@ Pixels = NDArray[np.float32]
 ZOOM = 2  # photographs are shown at twice the resolution the model sees
 
 
-class Sample(NamedTuple):
+class ReadImage(NamedTuple):
     """One image, twice.
 
     Attributes:
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     batch: Tensor
 
 
-def read_images(images: Photo | Sequence[Photo] | Tensor, facts: Mapping[str, Any]) -> Iterator[Sample]:
+def read_images(images: Photo | Sequence[Photo] | Tensor, facts: Mapping[str, Any]) -> Iterator[ReadImage]:
     """Read, crop and normalise images one by one.
 
     Args:
@@ -57,14 +57,14 @@ def read_images(images: Photo | Sequence[Photo] | Tensor, facts: Mapping[str, An
             raise InputError(f"images: expected shape (B, {wanted}), got {tuple(images.shape)}")
         for image in images.cpu():
             normal = (image / 255 - mean) / std if image.dtype == torch.uint8 else image.float()
-            yield Sample(_shown(normal * std + mean), normal.unsqueeze(0))
+            yield ReadImage(_shown(normal * std + mean), normal.unsqueeze(0))
         return
     if channels not in MODES:
         raise InputError(f"images: the model takes {channels} channels, a photograph has 3; pass a tensor")
     photos = [images] if isinstance(images, Photo) else images
     for photo in photos:
         seen, shown = _crop(_open(photo).convert(MODES[channels]), size, data)
-        yield Sample(_shown(shown), ((seen - mean) / std).unsqueeze(0))
+        yield ReadImage(_shown(shown), ((seen - mean) / std).unsqueeze(0))
 
 
 def _per_channel(values: Sequence[float], channels: int) -> Tensor:

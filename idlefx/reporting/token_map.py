@@ -31,7 +31,7 @@ FADED = 0.30  # contrast that is left of an idle patch
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenMap:
     """One image of the picture.
 
     Attributes:
@@ -68,7 +68,7 @@ def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str |
     with whole_file(target) as partial:
         samples = read_images(images, idle.meta.get("idlefx", {}))
         bar = tqdm(samples, desc="draw", unit="image", delay=2, leave=False)
-        rows = [Row(pixels, _works(idle, batch)) for pixels, batch in bar]
+        rows = [TokenMap(pixels, _works(idle, batch)) for pixels, batch in bar]
         if not rows:
             raise InputError("draw: there are no images to draw")
         _figure(rows).savefig(partial, format=form, dpi=DPI)
@@ -96,7 +96,7 @@ def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
     raise InputError(f"draw: {tokens} image tokens form no grid over {height} × {width} pixels")
 
 
-def _figure(rows: Sequence[Row]) -> Figure:
+def _figure(rows: Sequence[TokenMap]) -> Figure:
     """Set the rows: the image, then its blocks, on as many lines as keep them legible."""
     blocks = len(rows[0].works)
     lines = math.ceil(blocks / MOST_COLUMNS)

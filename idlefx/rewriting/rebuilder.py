@@ -12,7 +12,7 @@ from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Runs
 from idlefx.analysis.subset import Subset
 from idlefx.analysis.walk import Cut, Read, Resize, Walk
-from idlefx.graph.build import emit
+from idlefx.graph.build import add_call
 from idlefx.graph.queries import carries_tensors
 from idlefx.runtime import gather_scatter
 
@@ -44,7 +44,7 @@ class Rebuilder:
             args, kwargs = self._edited(needed)
             target: Any = needed.target
             name = self.prefix + needed.name
-            self.mapping[needed] = emit(self.graph, target, *args, name=name, like=needed, **kwargs)
+            self.mapping[needed] = add_call(self.graph, target, *args, name=name, like=needed, **kwargs)
         return self.mapping.get(node, node)
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
@@ -92,24 +92,24 @@ class Rebuilder:
                 count *= factor.size
         if not isinstance(before, fx.Node):
             return count
-        batch = emit(self.graph, aten.sym_size.int, self.subset.index, 0, name=f"{self.prefix}batch", like=node)
-        return emit(self.graph, operator.mul, batch, count, name=f"{self.prefix}size", like=node)
+        batch = add_call(self.graph, aten.sym_size.int, self.subset.index, 0, name=f"{self.prefix}batch", like=node)
+        return add_call(self.graph, operator.mul, batch, count, name=f"{self.prefix}size", like=node)
 
     def _read(self, node: fx.Node, edit: Read) -> fx.Node:
         key = (edit.operand, edit.dims, edit.rank, edit.batch_dim)
         if key not in self._reads:
             table = edit.operand
             for _ in range(edit.rank - len(table.meta["val"].shape)):
-                table = emit(self.graph, aten.unsqueeze.default, table, 0, name=f"{self.prefix}table", like=node)
+                table = add_call(self.graph, aten.unsqueeze.default, table, 0, name=f"{self.prefix}table", like=node)
             for dim, runs in edit.dims:
                 index = self._index(node, runs)
                 if edit.copies > 1:
                     name = f"{self.prefix}copies"
-                    index = emit(
+                    index = add_call(
                         self.graph, aten.repeat_interleave.self_int, index, edit.copies, 0, name=name, like=node
                     )
                 where = (table, index, dim, edit.batch_dim)
-                table = emit(self.graph, gather_scatter.take_tokens, *where, name=f"{self.prefix}read", like=node)
+                table = add_call(self.graph, gather_scatter.take_tokens, *where, name=f"{self.prefix}read", like=node)
             self._reads[key] = table
         return self._reads[key]
 
@@ -124,11 +124,15 @@ class Rebuilder:
             last = first + subset.count(node, ((start, stop),))
             part = subset.index
             if (first, last) != (0, total):
-                part = emit(self.graph, aten.slice.Tensor, part, 1, first, last, name=f"{self.prefix}part", like=node)
+                part = add_call(
+                    self.graph, aten.slice.Tensor, part, 1, first, last, name=f"{self.prefix}part", like=node
+                )
             if offset != start:
-                part = emit(self.graph, aten.add.Tensor, part, offset - start, name=f"{self.prefix}place", like=node)
+                part = add_call(
+                    self.graph, aten.add.Tensor, part, offset - start, name=f"{self.prefix}place", like=node
+                )
             parts.append(part)
             offset += stop - start
         if len(parts) == 1:
             return parts[0]
-        return emit(self.graph, aten.cat.default, parts, 1, name=f"{self.prefix}places", like=node)
+        return add_call(self.graph, aten.cat.default, parts, 1, name=f"{self.prefix}places", like=node)

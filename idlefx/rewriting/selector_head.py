@@ -20,7 +20,7 @@ from idlefx.analysis.layouts import Layout
 from idlefx.analysis.projections import Projection, projection
 from idlefx.analysis.subset import Subset
 from idlefx.errors import PlanError
-from idlefx.graph.build import emit
+from idlefx.graph.build import add_call
 from idlefx.graph.queries import by_name, region
 from idlefx.graph.sizes import number
 from idlefx.planning.selectors import find_selector
@@ -48,7 +48,7 @@ class Head:
         chosen = find_selector(step.selector)
         given = {name: self._evidence(name, step.selector) for name in chosen.evidence}
         try:
-            scores = self.emit(chosen.function, name="scores", **given)
+            scores = self.add(chosen.function, name="scores", **given)
         except Exception as error:
             raise PlanError(
                 f"select: selector {step.selector!r} failed in block {self.block.index} ({self.block.path}): "
@@ -62,16 +62,16 @@ class Head:
             )
         return scores
 
-    def emit(self, target: Any, *args: Any, name: str, **kwargs: Any) -> fx.Node:
+    def add(self, target: Any, *args: Any, name: str, **kwargs: Any) -> fx.Node:
         """Insert a call under a name of this block."""
-        return emit(self.graph, target, *args, name=self.name + name, like=self.opened.exit, **kwargs)
+        return add_call(self.graph, target, *args, name=self.name + name, like=self.opened.exit, **kwargs)
 
     def _evidence(self, name: str, selector: str) -> Any:
         if name == "x":
             order = (self.block.batch_dim, self.block.token_dim)
             rest = next(d for d in range(3) if d not in order)
             x = self.opened.entry
-            return x if (*order, rest) == (0, 1, 2) else self.emit(aten.permute.default, x, [*order, rest], name="x")
+            return x if (*order, rest) == (0, 1, 2) else self.add(aten.permute.default, x, [*order, rest], name="x")
         if name == "query":
             return self._query(selector)
         if name in ("q", "k"):
@@ -81,12 +81,12 @@ class Head:
     def _query(self, selector: str) -> fx.Node:
         position = self.block.class_token
         if position is None or selector == "mean":
-            return self.emit(
+            return self.add(
                 ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.block.prefix, 2, name="query"
             )
         if self._is_nested():
             everyone = self._heads(self.all_tokens, keys=False)
-            return self.emit(aten.slice.Tensor, everyone, 2, position, position + 1, name="query")
+            return self.add(aten.slice.Tensor, everyone, 2, position, position + 1, name="query")
         return self._heads(self._class_token, keys=False)
 
     @cached_property
@@ -94,8 +94,8 @@ class Head:
         """Copies nodes of the block onto the class token alone."""
         position, entry, dim = self.block.class_token, self.opened.entry, self.block.token_dim
         assert position is not None
-        token = self.emit(aten.slice.Tensor, entry, dim, position, position + 1, name="class_token")
-        index = self.emit(ops.fixed_tokens, entry, (position,), self.block.batch_dim, name="class_index")
+        token = self.add(aten.slice.Tensor, entry, dim, position, position + 1, name="class_token")
+        index = self.add(ops.fixed_tokens, entry, (position,), self.block.batch_dim, name="class_index")
         alone = Subset(index, (position,), (), 0)
         return Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_")
 
@@ -108,7 +108,7 @@ class Head:
     def _heads(self, rebuild: Rebuilder, *, keys: bool) -> fx.Node:
         """Queries or keys of all attention cores, (B, H, N, D)."""
         found = [self.heads_of(core, rebuild, keys=keys) for core in self.opened.cores]
-        return found[0] if len(found) == 1 else self.emit(aten.cat.default, found, 1, name="heads")
+        return found[0] if len(found) == 1 else self.add(aten.cat.default, found, 1, name="heads")
 
     def heads_of(self, core: Core, rebuild: Rebuilder, *, keys: bool) -> fx.Node:
         """Queries or keys of one core, (B, H, N, D)."""
@@ -116,11 +116,11 @@ class Head:
         self._narrow(node, rebuild)
         heads = rebuild(node)
         if keys and core.transposed:
-            heads = self.emit(aten.transpose.int, heads, -2, -1, name="keys")
+            heads = self.add(aten.transpose.int, heads, -2, -1, name="keys")
         heads = self._standard(heads, layout)
         each = lay.heads(self.walk[core.query]) // lay.heads(layout)
         if each > 1:  # grouped queries: a key serves several heads
-            heads = self.emit(aten.repeat_interleave.self_int, heads, each, 1, name="grouped")
+            heads = self.add(aten.repeat_interleave.self_int, heads, each, 1, name="grouped")
         return heads
 
     def _narrow(self, node: fx.Node, rebuild: Rebuilder) -> None:
@@ -137,24 +137,24 @@ class Head:
     def _rows_of(self, rebuild: Rebuilder, rows: Projection, view: fx.Node) -> fx.Node:
         layout = self.walk[view]
         given, weight, bias = self.weights(rows)
-        out = self.emit(aten.linear.default, rebuild(given), weight, bias, name="rows")
+        out = self.add(aten.linear.default, rebuild(given), weight, bias, name="rows")
         features = [dim[0].size for dim in layout if not dim[0].role]
-        out = self.emit(aten.unflatten.int, out, 2, features, name="split")
+        out = self.add(aten.unflatten.int, out, 2, features, name="split")
         roles = [dim[0].role for dim in self.walk[rows.linear][:2]]
         order, next_feature = [], 2
         for dim in layout:
             order.append(roles.index(dim[0].role) if dim[0].role else next_feature)
             next_feature += not dim[0].role
         name = rebuild.prefix + view.name
-        return emit(self.graph, aten.permute.default, out, order, name=name, like=self.opened.exit)
+        return add_call(self.graph, aten.permute.default, out, order, name=name, like=self.opened.exit)
 
     def weights(self, rows: Projection) -> tuple[fx.Node, Any, Any]:
         """The input of a projection, its weight (width, C) and its bias, if any."""
         given, weight, bias = (*rows.linear.args, None)[:3]
         assert isinstance(given, fx.Node)
         if not rows.is_whole:
-            weight = self.emit(ops.take_rows, weight, *rows.rows, name="weight")
-            bias = bias and self.emit(ops.take_rows, bias, *rows.rows, name="bias")
+            weight = self.add(ops.take_rows, weight, *rows.rows, name="weight")
+            bias = bias and self.add(ops.take_rows, bias, *rows.rows, name="bias")
         return given, weight, bias
 
     def _standard(self, node: fx.Node, layout: Layout) -> fx.Node:
@@ -167,12 +167,12 @@ class Head:
             val = node.meta["val"]
             count = next(number(val.shape[d]) for d, dim in enumerate(layout) if lay.is_tokens(dim))
             shape = [-1 if f.role == "batch" else count if f.role == "tokens" else f.size for f in factors]
-            node = self.emit(aten.reshape.default, node, shape, name="factors")
-            node = self.emit(aten.permute.default, node, order, name="ordered")
+            node = self.add(aten.reshape.default, node, shape, name="factors")
+            node = self.add(aten.permute.default, node, order, name="ordered")
         rank = len(factors)
         if rank == 3:
-            return self.emit(aten.unsqueeze.default, node, 1, name="one_head")
-        return self.emit(aten.flatten.using_ints, node, 1, rank - 3, name="heads") if rank > 4 else node
+            return self.add(aten.unsqueeze.default, node, 1, name="one_head")
+        return self.add(aten.flatten.using_ints, node, 1, rank - 3, name="heads") if rank > 4 else node
 
     def _affine(self, selector: str) -> fx.Node:
         sums = []
@@ -180,11 +180,11 @@ class Head:
             query, key = self.projections(core)
             given, weight, bias = self.weights(query)
             one = self._one_token(given, self._token_dim(query), selector)
-            one = self.emit(aten.linear.default, one, weight, bias, name="query")
+            one = self.add(aten.linear.default, one, weight, bias, name="query")
             _, weight, _ = self.weights(key)
-            direction = self.emit(aten.matmul.default, one, weight, name="direction")
-            sums.append(self.emit(ops.score_tokens, self.tokens(key), direction, name="sums"))
-        return self.emit(ops.mean_over_heads, sums, self.head_count, name="scores")
+            direction = self.add(aten.matmul.default, one, weight, name="direction")
+            sums.append(self.add(ops.score_tokens, self.tokens(key), direction, name="sums"))
+        return self.add(ops.mean_over_heads, sums, self.head_count, name="scores")
 
     @property
     def head_count(self) -> int:
@@ -200,7 +200,7 @@ class Head:
     def tokens(self, rows: Projection) -> fx.Node:
         """What a projection is made of, for all tokens (B, N, C)."""
         tokens = self.all_tokens(rows.linear.all_input_nodes[0])
-        return self.emit(aten.transpose.int, tokens, 0, 1, name="tokens") if self._token_dim(rows) == 0 else tokens
+        return self.add(aten.transpose.int, tokens, 0, 1, name="tokens") if self._token_dim(rows) == 0 else tokens
 
     def _token_dim(self, rows: Projection) -> int:
         return [dim[0].role for dim in self.walk[rows.linear]].index("tokens")
@@ -208,9 +208,9 @@ class Head:
     def _one_token(self, given: fx.Node, dim: int, selector: str) -> fx.Node:
         position = self.block.class_token
         if selector != "class" or position is None:
-            one = self.emit(ops.mean_tokens, self.all_tokens(given), self.block.prefix, dim, name="mean")
+            one = self.add(ops.mean_tokens, self.all_tokens(given), self.block.prefix, dim, name="mean")
         elif self._is_nested():
-            one = self.emit(aten.slice.Tensor, self.all_tokens(given), dim, position, position + 1, name="one")
+            one = self.add(aten.slice.Tensor, self.all_tokens(given), dim, position, position + 1, name="one")
         else:
             one = self._class_token(given)
-        return self.emit(aten.squeeze.dim, one, dim, name="one_token")
+        return self.add(aten.squeeze.dim, one, dim, name="one_token")

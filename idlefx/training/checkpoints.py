@@ -34,7 +34,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe(
+def plan_of_run(
     dense: nn.Module, idle: IdleModule, settings: Settings, facts: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `plan.json` says of a run.

@@ -15,7 +15,7 @@ from idlefx.errors import InputError, first_line
 from idlefx.runtime.module import IdleModule
 from idlefx.training.distributed import World
 from idlefx.training.feature_taps import class_count, tap
-from idlefx.training.loader import Batches
+from idlefx.training.loader import ImageLoader
 
 GLYPHS = "glyphs"
 GLYPHS_TRAIN, GLYPHS_VAL = 16_384, 2_000  # scenes
@@ -44,9 +44,9 @@ class Source(NamedTuple):
     erase: float = 0.25
 
 
-def open_batches(
+def open_loaders(
     source: Source, idle: IdleModule, batch_size: int, *, seed: int = 0, workers: int = 0, world: World | None = None
-) -> tuple[Batches, Batches]:
+) -> tuple[ImageLoader, ImageLoader]:
     """Training and validation batches of what a model takes.
 
     Args:
@@ -68,7 +68,7 @@ def open_batches(
     train.transform = partial(_prepare, mode, _transform(source, facts, training=True))
     val.transform = partial(_prepare, mode, _transform(source, facts, training=False))
     options: dict[str, Any] = {"seed": seed, "workers": workers, "world": world, "classes": classes}
-    return Batches(train, batch_size, training=True, **options), Batches(val, batch_size, **options)
+    return ImageLoader(train, batch_size, training=True, **options), ImageLoader(val, batch_size, **options)
 
 
 def _open_both(source: Source, facts: Mapping[str, Any], batch_size: int, seed: int) -> tuple[Any, Any]:

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from idlefx.errors import InputError
 from idlefx.training.distributed import World
-from idlefx.training.samples import Drawn, Streamed, collate
+from idlefx.training.samples import IndexedSamples, StreamedSamples, collate
 from idlefx.training.seeding import seeded
 
 UNREADABLE_LIMIT = 0.01  # share of the images; more of them stop the run
 
 
-class Batches:
+class ImageLoader:
     """The batches of one process.
 
     In training the order follows from seed and epoch, the augmentation of an image from seed, epoch and image; every
@@ -107,7 +107,7 @@ class Batches:
             order.set_epoch(number)
             indices = list(order)
         batches = list(BatchSampler(indices, self.batch_size, drop_last=self.training))[skip:]
-        images = Drawn(self.dataset, (self.seed, number), self.limit + 1 if self.training else 1)
+        images = IndexedSamples(self.dataset, (self.seed, number), self.limit + 1 if self.training else 1)
         return DataLoader(images, batch_sampler=batches, **self._options())
 
     def _stream(self, number: int, skip: int) -> Iterable[Any]:
@@ -115,7 +115,7 @@ class Batches:
         self.dataset.set_epoch(number)
         with seeded(self.seed, number):
             shuffling = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        images = Streamed(self.dataset, (self.seed, number, self.world.rank))
+        images = StreamedSamples(self.dataset, (self.seed, number, self.world.rank))
         loader = DataLoader(images, self.batch_size, drop_last=self.training, generator=shuffling, **self._options())
         return islice(loader, skip, None)
 

@@ -21,16 +21,16 @@ from idlefx.training import checkpoints
 from idlefx.training.config import Settings
 from idlefx.training.feature_taps import has_features, tap
 from idlefx.training.history import History
-from idlefx.training.loader import Batches
-from idlefx.training.metric_log import Metrics
-from idlefx.training.trainer import Batch, Training
+from idlefx.training.loader import ImageLoader
+from idlefx.training.metric_log import MetricLog
+from idlefx.training.trainer import Batch, Trainer
 
 
 def finetune(
     dense: nn.Module,
     idle: IdleModule,
-    train: Batches,
-    val: Batches,
+    train: ImageLoader,
+    val: ImageLoader,
     settings: Settings | None = None,
     *,
     directory: Path | None = None,
@@ -72,7 +72,7 @@ def finetune(
     student = tap((with_cut_loss(idle) if settings.w_cut else idle).train())
     if settings.w_feat and world.leads and not (has_features(teacher) and has_features(student)):
         print("no linear classifier was found, so w_feat is off")
-    training = Training(
+    training = Trainer(
         idle.eval(), student, teacher, settings, steps=steps, batch_size=train.batch_size, world=world
     )  # fmt: skip
     averaged, history = tap(training.averaged), History.of(idle)
@@ -85,7 +85,7 @@ def finetune(
         history.dense, history.untuned = (evaluate(model, val, amp=settings.amp) for model in (teacher, averaged))
 
     writes = directory if world.leads else None
-    metrics = Metrics(
+    metrics = MetricLog(
         writes, done=training.step, steps=steps, images=training.images, show=world.leads, tensorboard=tensorboard
     )  # fmt: skip
     with metrics, training:
@@ -112,7 +112,7 @@ def finetune(
     return history
 
 
-def _steps(train: Batches, accumulate: int, done: int, steps: int) -> Iterator[tuple[int, list[Batch], bool]]:
+def _steps(train: ImageLoader, accumulate: int, done: int, steps: int) -> Iterator[tuple[int, list[Batch], bool]]:
     """For each step still to be made: its epoch, its batches, and whether the model is to be evaluated after it."""
     per_epoch = len(train) // accumulate
     while done < steps:
@@ -124,7 +124,7 @@ def _steps(train: Batches, accumulate: int, done: int, steps: int) -> Iterator[t
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, *, amp: bool = False) -> float:
+def evaluate(model: nn.Module, batches: ImageLoader, *, amp: bool = False) -> float:
     """Top-1 accuracy in percent, over all processes.
 
     Args:

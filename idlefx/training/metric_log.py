@@ -17,7 +17,7 @@ COLUMNS = (
 SHOWN = ("loss", "task", "cut", "kd", "feat")
 
 
-class Metrics:
+class MetricLog:
     """One row for each step, written as soon as it is known.
 
     Args:
@@ -69,7 +69,7 @@ class Metrics:
                 if name not in ("step", "epoch"):
                     self.writer.add_scalar(name, value, row["step"])
 
-    def __enter__(self) -> "Metrics":
+    def __enter__(self) -> "MetricLog":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

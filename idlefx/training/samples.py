@@ -25,7 +25,7 @@ class Sample(NamedTuple):
     unreadable: tuple[tuple[int, str], ...] = ()
 
 
-class Drawn(Dataset[Sample]):
+class IndexedSamples(Dataset[Sample]):
     """The images of one epoch, by index.
 
     Args:
@@ -51,7 +51,7 @@ class Drawn(Dataset[Sample]):
         return Sample(None, 0, tuple(unreadable))
 
 
-class Streamed(IterableDataset[Sample]):
+class StreamedSamples(IterableDataset[Sample]):
     """The images of one epoch of a stream, in its own order.
 
     Args:

@@ -27,7 +27,7 @@ class TrainingError(IdleFxError):
     """A run that cannot go on."""
 
 
-class Training:
+class Trainer:
     """The student, its optimiser, and how far they are.
 
     Args:
@@ -176,7 +176,7 @@ class Training:
             self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def __enter__(self) -> "Training":
+    def __enter__(self) -> "Trainer":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -43,7 +43,7 @@ def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
         raise InputError(f"dtype: {device} cannot compute in {_name(dtype)}: {reason}; take float32")
 
 
-def describe(weight: Tensor) -> str:
+def machine_in_words(weight: Tensor) -> str:
     """Device, number type, threads and versions, in words."""
     if weight.device.type == "cuda":
         name = torch.cuda.get_device_name(weight.device)
