@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
-from models import MODELS, Spec, build
 from torch import nn
+
+from tests.models.small import MODELS, Spec, build
 
 SLOW = {
     "deadline": None,

@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from models import SMALL, build, images
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import idlefx
 from idlefx.deploy.parity import TOLERANCE, check_parity, example_of
+from tests.models.small import SMALL, build, images
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, convert
-from models import build, images
 from torch import Tensor, nn
 
 from idlefx import __main__ as shell
@@ -17,6 +15,8 @@ from idlefx.bench.results import Timing, outcome
 from idlefx.bench.runner import Bench, bench
 from idlefx.bench.tables import render, to_json, verdict
 from idlefx.errors import InputError
+from tests.models.small import build, images
+from tests.support.cases import Case, convert
 
 CASE = Case((1, 2), 0.5)
 CPU = torch.device("cpu")

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from colours import CLASSES, PLAIN, SIDE, Colours, batches, models, vit
-from test_refusals import says
 
 import idlefx
 from idlefx.training import checkpoints
@@ -22,6 +20,8 @@ from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import evaluate, finetune
 from idlefx.training.metric_log import COLUMNS, MetricLog
 from idlefx.training.trainer import LOSSES
+from tests.models.colours import CLASSES, PLAIN, SIDE, Colours, batches, models, vit
+from tests.support.messages import says
 
 # Everything random is on: order, noise, dropout, mixup, cutmix; and everything with a state: momentum, averaging.
 RANDOM = Settings(epochs=2, lr=1e-3, warmup=0.2, accumulate=2)

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, convert
-from models import build, images
 
 import idlefx
 from idlefx import __main__ as shell
@@ -14,6 +12,8 @@ from idlefx.bench.block_latency import measure_times, token_counts
 from idlefx.errors import InputError, PlanError
 from idlefx.reporting.latency import BlockTimes, read_times, size_of, times_to_json
 from idlefx.runtime.module import selections
+from tests.models.small import build, images
+from tests.support.cases import Case, convert
 
 CASE = Case((1, 3), 0.5)
 OPTIONS = ["--example-shape", "2,3,48,48", "--layers", "1", "3", "--keep", "0.5"]

@@ -6,22 +6,24 @@ from functools import cache
 import pytest
 import timm
 import torch
-from cases import SCHEDULES, Case, convert, converted, random_case, relative_error, same_selections, wanted
-from models import MODELS, build, build_mixing, fingerprint, image_tokens, images
 from timm.utils import ModelEmaV3
 from torch import fx, nn
 
 import idlefx
 from idlefx.runtime.module import selections
+from tests.models.small import DROPOUTS, MODELS, Wrapper, build, build_mixing, fingerprint, image_tokens, images
+from tests.support.cases import (
+    SCHEDULES,
+    Case,
+    convert,
+    converted,
+    random_case,
+    relative_error,
+    same_selections,
+    wanted,
+)
 
 HALF = Case((1, 3), 0.5)
-DROPOUTS = {
-    "proj_drop_rate": 0.2,
-    "attn_drop_rate": 0.2,
-    "drop_path_rate": 0.3,
-    "drop_rate": 0.1,
-    "pos_drop_rate": 0.1,
-}
 
 
 class Recorder(fx.Interpreter):
@@ -34,18 +36,6 @@ class Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         self.values[n.name] = super().run_node(n)
         return self.values[n.name]
-
-
-class Wrapper(nn.Module):
-    """A model inside a model, with inputs and outputs of its own."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, picture: torch.Tensor, gain: torch.Tensor) -> dict[str, object]:
-        logits = self.net(picture * gain)
-        return {"logits": logits, "pair": (logits.argmax(-1), gain)}
 
 
 @cache

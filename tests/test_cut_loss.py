@@ -5,15 +5,8 @@ import math
 from typing import Any
 from unittest.mock import patch
 
-import generated
-import generated_reference
-import masked
 import pytest
 import torch
-from cases import Case, convert, same_selections
-from generated_config import Config
-from models import DEPTH, MODELS, SMALL, Spec, build, image_tokens, images
-from test_convert import DROPOUTS, Wrapper
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +17,11 @@ from idlefx.graph.sizes import number
 from idlefx.runtime import cut_loss
 from idlefx.runtime.module import selections
 from idlefx.training import losses
+from tests.models import generated
+from tests.models.generated.config import Config
+from tests.models.small import DEPTH, DROPOUTS, MODELS, SMALL, Spec, Wrapper, build, image_tokens, images
+from tests.oracles import generated_reference, masked
+from tests.support.cases import Case, convert, same_selections
 
 HALF, LAST = Case((1, 3), 0.5), Case((1,), 0.5)
 EXTRA = {

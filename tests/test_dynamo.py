@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 import torchvision
-from models import build, images
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import idlefx
 from idlefx.deploy import torch_compile
+from tests.models.small import build, images
 
 OPTIONS = {"layers": [1, 3], "keep": 0.5, "schedule": "blocks"}
 

@@ -13,9 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from colours import CLASSES, PLAIN, SIDE, Colours, batches, folder, models
-from models import build, fingerprint, images
-from test_refusals import says
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -29,6 +26,9 @@ from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import evaluate, finetune
 from idlefx.training.metric_log import MetricLog
 from idlefx.training.trainer import LOSSES
+from tests.models.colours import CLASSES, MODEL, PLAIN, SIDE, Colours, batches, folder, models
+from tests.models.small import build, fingerprint, images
+from tests.support.messages import says
 
 ALONE = Settings(epochs=5, lr=3e-3, mixup=0.0, cutmix=0.0, smoothing=0.0, w_cut=0.0, w_kd=0.0, w_feat=0.0)
 TRAIN_IMAGES = 120
@@ -45,7 +45,7 @@ def refusal(function, *arguments, **options):
 
 def arguments(data, out):
     return [
-        "--model", "colours:vit", "--layers", "1", "--keep", "0.5", "--data", str(data), "--epochs", "2",
+        "--model", MODEL, "--layers", "1", "--keep", "0.5", "--data", str(data), "--epochs", "2",
         "--lr", "1e-3", "--batch-size", "30", "--workers", "0", "--out", str(out),
     ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_command_leaves_plan_weights_state_and_metrics(command):
     files = {path.name for path in command.directory.iterdir()}
     assert files == {"plan.json", "best.safetensors", "last.safetensors", "training.pt", "metrics.csv"}
     plan = json.loads((command.directory / "plan.json").read_text())["plan"]
-    assert (plan["model"], plan["layers"], plan["keep"]) == ("colours:vit", [1], [0.5])
+    assert (plan["model"], plan["layers"], plan["keep"]) == (MODEL, [1], [0.5])
     told = rows(command.directory)
     assert [int(row["step"]) for row in told] == list(range(1, 9))
     assert [bool(row["top1"]) for row in told] == [False, False, False, True] * 2

@@ -5,11 +5,12 @@ import re
 import pytest
 import timm
 import torch
-from cases import Case, convert
-from models import build, fingerprint, images
 from torch import nn
 
 import idlefx
+from tests.models.small import build, fingerprint, images
+from tests.support.cases import Case, convert
+from tests.support.messages import says
 
 FAILURES = {
     "layer": {"layers": [9]},
@@ -54,10 +55,6 @@ def refusal(model: nn.Module, **arguments: object) -> str:
     with pytest.raises(idlefx.IdleFxError) as caught:
         idlefx.convert(model, **({"layers": [1], "keep": 0.5} | arguments))
     return str(caught.value)
-
-
-def says(message: str, *words: str) -> bool:
-    return all(re.search(word, message, re.IGNORECASE) for word in words)
 
 
 def test_model_without_attention_is_refused():

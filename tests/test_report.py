@@ -2,10 +2,10 @@
 
 import pytest
 import timm
-from cases import Case, convert, converted
-from models import DEPTH, build, image_tokens, images
 
 import idlefx
+from tests.models.small import DEPTH, build, image_tokens, images
+from tests.support.cases import Case, convert, converted
 
 PLAIN = ("vit", "layer_scale", "registers", "clip", "average_pool", "gap", "hand_written", "collision")
 

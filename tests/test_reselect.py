@@ -7,22 +7,22 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
-import generated
 import pytest
-import reference
 import torch
-from cases import Case, same_selections
-from cases import convert as convert_case
-from generated_config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MODELS, build, images
 from torch import Tensor, nn
 
 import idlefx
 from idlefx import __main__ as shell
 from idlefx.runtime.module import selections
 from idlefx.runtime.ops import choose_tokens
+from tests.models import generated
+from tests.models.generated.config import Config
+from tests.models.small import MODELS, build, images
+from tests.oracles import reference
+from tests.support.cases import Case, same_selections
+from tests.support.cases import convert as convert_case
 
 FALLING = Case((0, 2), (0.7, 0.4))
 

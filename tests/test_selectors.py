@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import Case, convert, converted, random_case, relative_error, same_selections, wanted
-from models import DEPTH, MODELS, build, image_tokens, images
 
 import idlefx
 from idlefx.runtime.module import selections
+from tests.models.small import DEPTH, MODELS, build, image_tokens, images
+from tests.support.cases import Case, convert, converted, random_case, relative_error, same_selections, wanted
 
 EVERY_BLOCK = tuple(range(DEPTH))
 

@@ -6,16 +6,16 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-import generated_reference
 import pytest
 import torch
-from generated import ViT, build, inputs, randomise
-from generated_config import Config
-from test_generated import check, convert, error_of
 from torch import Tensor, nn
 
 import idlefx
 from idlefx.runtime import ops
+from tests.models.generated import ViT, build, inputs, randomise
+from tests.models.generated.config import Config
+from tests.oracles import generated_reference
+from tests.support.generated_check import check, convert, error_of
 
 SOME = {0: 0.5, 2: 0.3}
 SQUARE = Config(collision="all", prefix=0, head="mean", grid=(8, 8))

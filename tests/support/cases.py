@@ -4,12 +4,12 @@ import random
 from functools import cache
 from typing import Any, NamedTuple
 
-import reference
 import torch
-from models import DEPTH, MODELS, build, image_tokens, images
-from reference import Result
 
 import idlefx
+from tests.models.small import DEPTH, MODELS, build, image_tokens, images
+from tests.oracles import reference
+from tests.oracles.reference import Result
 
 SCHEDULES = ("stages", "blocks")
 CLEAR_MARGIN = 3e-5
