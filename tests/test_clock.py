@@ -107,10 +107,21 @@ def test_measured_block_has_the_multiply_adds_of_the_models_own():
 
 def test_table_goes_from_bench_to_convert_in_the_shell(tmp_path, capsys):
     path = tmp_path / "times.json"
-    timing = ["bench", "--model", "test_clock:named", "--batch", "2", "--eager", "--seconds", "0", "--table", str(path)]
+    timing = [
+        "bench",
+        "--model",
+        f"{__name__}:named",
+        "--batch",
+        "2",
+        "--eager",
+        "--seconds",
+        "0",
+        "--table",
+        str(path),
+    ]
     assert shell.main([*timing, *OPTIONS, "--multiple-of", "8"]) == 0
     assert json.loads(path.read_text())["tables"][0]["batch"] == 2
-    assert shell.main(["convert", "--model", "test_clock:named", *OPTIONS, "--times", str(path)]) == 0
+    assert shell.main(["convert", "--model", f"{__name__}:named", *OPTIONS, "--times", str(path)]) == 0
     assert "predicted" in capsys.readouterr().out
-    assert shell.main(["convert", "--model", "test_clock:wider", *OPTIONS, "--times", str(path)]) == 2
+    assert shell.main(["convert", "--model", f"{__name__}:wider", *OPTIONS, "--times", str(path)]) == 2
     assert "width 96" in capsys.readouterr().err

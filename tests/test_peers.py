@@ -29,7 +29,7 @@ def apply_patch(model):
     model.blocks.__class__ = Shorter
 """
 COMMAND = [
-    "bench", "--model", "test_peers:named", "--example-shape", "2,3,48,48", "--layers", "1", "2", "--keep", "0.5",
+    "bench", "--model", f"{__name__}:named", "--example-shape", "2,3,48,48", "--layers", "1", "2", "--keep", "0.5",
     "--batch", "2", "--eager", "--seconds", "0",
 ]  # fmt: skip
 

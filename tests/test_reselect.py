@@ -154,7 +154,7 @@ def named() -> nn.Module:
 
 @pytest.mark.parametrize(("switch", "pruned"), [("--reselect", False), ("--no-reselect", True)])
 def test_shell_prunes_if_told_to(switch, pruned, capsys):
-    command = ["convert", "--model", "test_reselect:named", "--example-shape", "2,3,48,48", "--layers", "0", "2"]
+    command = ["convert", "--model", f"{__name__}:named", "--example-shape", "2,3,48,48", "--layers", "0", "2"]
     assert shell.main([*command, switch]) == 0
     assert ("never works again" in capsys.readouterr().out) is pruned
 
