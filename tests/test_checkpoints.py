@@ -21,7 +21,7 @@ from idlefx.training.loop import evaluate, finetune
 from idlefx.training.metric_log import COLUMNS, MetricLog
 from idlefx.training.trainer import LOSSES
 from tests.models.colours import CLASSES, PLAIN, SIDE, Colours, batches, models, vit
-from tests.support.messages import says
+from tests.support.messages import refusal, says
 
 # Everything random is on: order, noise, dropout, mixup, cutmix; and everything with a state: momentum, averaging.
 RANDOM = Settings(epochs=2, lr=1e-3, warmup=0.2, accumulate=2)
@@ -117,12 +117,6 @@ def test_plan_is_a_file_for_people(tmp_path):
 def describe(**facts):
     dense, idle = models()
     return checkpoints.plan_of_run(dense, idle, PLAIN, {"keep": [0.5], **facts}, {})
-
-
-def refusal(function, *arguments, **options):
-    with pytest.raises(idlefx.IdleFxError) as caught:
-        function(*arguments, **options)
-    return str(caught.value)
 
 
 def test_a_run_of_another_plan_is_refused(tmp_path):
