@@ -1,4 +1,4 @@
-"""Fixtures: every model by name."""
+"""Fixtures: every model by name; and which tests run on one worker, because they share what is slow to make."""
 
 import os
 
@@ -20,6 +20,19 @@ settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, tests of one model and otherwise those of one file stay together, unless they say so."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            together = (
+                parameters["name"]
+                if "name" in item.fixturenames and parameters.get("name") in MODELS
+                else item.path.stem
+            )
+            item.add_marker(pytest.mark.xdist_group(together))
 
 
 @pytest.fixture(scope="session", params=list(MODELS))

@@ -1,20 +1,19 @@
 """What a converted model computes."""
 
-from functools import cache
-
 import pytest
-import timm
 import torch
-from torch import fx, nn
+from torch import fx
 
 import idlefx
+from idlefx.records import Step
 from idlefx.runtime.module import selections
-from tests.models.small import build_mixing, image_tokens, images
+from tests.models.small import DEPTH, build_mixing, image_tokens, images
 from tests.support.cases import (
     SCHEDULES,
     Case,
     convert,
     converted,
+    deit_s,
     random_case,
     relative_error,
     same_selections,
@@ -37,13 +36,6 @@ class Recorder(fx.Interpreter):
         return self.values[n.name]
 
 
-@cache
-def deit_s() -> tuple[nn.Module, fx.GraphModule]:
-    torch.manual_seed(0)
-    model = timm.create_model("deit_small_patch16_224").eval()
-    return model, idlefx.convert(model, layers=[3, 6, 9], keep=0.7)
-
-
 @torch.no_grad()
 def test_keeping_all_is_bit_identical(model):
     idle = idlefx.convert(model, layers=[1], keep=1.0)
@@ -51,6 +43,17 @@ def test_keeping_all_is_bit_identical(model):
         x = images(model, batch)
         assert torch.equal(idle(x), model(x))
     assert not [node.name for node in idle.graph.nodes if node.name.startswith("idle_")]
+
+
+@torch.no_grad()
+def test_choosing_all_tokens_is_bit_identical_too(model, monkeypatch):
+    monkeypatch.setattr(Step, "idles", True)  # or a block that keeps all would be left as it is
+    idle = idlefx.convert(model, layers=range(DEPTH), keep=1.0)
+    names = {node.name for node in idle.graph.nodes}
+    assert {f"idle_{block}_{part}" for block in range(DEPTH) for part in ("index", "gather", "scatter")} <= names
+    for batch in (1, 3):
+        x = images(model, batch)
+        assert torch.equal(idle(x), model(x))
 
 
 @torch.no_grad()
@@ -126,6 +129,7 @@ def test_result_of_an_image_does_not_depend_on_its_neighbours(name, model):
         assert relative_error(idle(batch)[-1:], idle(x)[2:3]) < 1e-5
 
 
+@pytest.mark.xdist_group("deit_s")
 @torch.no_grad()
 def test_deit_s_keeps_137_96_67_of_196():
     model, idle = deit_s()
@@ -140,6 +144,7 @@ def test_deit_s_keeps_137_96_67_of_196():
     assert relative_error(idle(x), expected.output) <= 1e-5
 
 
+@pytest.mark.xdist_group("deit_s")
 def test_graph_shows_scores_index_gather_and_scatter():
     names = {node.name for node in deit_s()[1].graph.nodes}
     for block in range(12):

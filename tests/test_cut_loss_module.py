@@ -119,7 +119,10 @@ def test_module_stays_an_idle_module():
         output, loss = student(x)
         assert torch.equal(output, expected)
         assert loss.ndim == 0 and loss > 0
-        assert same_selections(selections(student, x), selections(idle, x)) or mode
+        torch.manual_seed(1)
+        chosen = selections(idle, x)
+        torch.manual_seed(1)
+        assert same_selections(selections(student, x), chosen)
     assert not idlefx.with_cut_loss(idle).training
     again = idlefx.with_cut_loss(student)
     assert torch.equal(again(x)[0], output) and torch.equal(again(x)[1], loss)

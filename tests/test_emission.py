@@ -1,8 +1,10 @@
 """Emitting: a directory with all that a model needs, whole or not there, whose script tunes that very model."""
 
+import copy
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,9 @@ def brightness(x):
     return x.mean(-1)
 
 
+@cache
 def converted(**options):
+    """Shared between tests, so only read it."""
     return idlefx.convert(colours.vit(), **CALL, **options)
 
 
@@ -53,7 +57,7 @@ def test_the_script_tunes_this_model_by_this_plan_and_packages_it(emitted, tmp_p
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "idle, tuned" in run.stdout
-    tuned = converted()
+    tuned = copy.deepcopy(converted())
     safetensors.torch.load_model(tuned, emitted / "tuned.safetensors")
     x = torch.randn(2, 3, colours.SIDE, colours.SIDE)
     torch.testing.assert_close(idlefx.load(emitted / "tuned.pt2")(x), tuned(x), rtol=1e-4, atol=1e-4)

@@ -2,7 +2,6 @@
 
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from idlefx.zoo.models import DEPTH, QUICK, Entry, entries
 from tests.models import small
 from tests.models.small import MODELS
 from tests.oracles import reference, zoo
+from tests.support import documents
 
 PLAIN = partial(small.build, "vit")
 
@@ -24,6 +24,8 @@ def test_row_of_the_shrunk_table(entry):
     if row.missing:
         pytest.skip(row.note)
     assert not row.failure
+    (written,) = (cells for cells in documented() if cells[0] == entry.label)
+    assert written[2:4] == (str(row.found or "-"), str(row.can_idle) if row.found else "-")
     if not entry.refused:
         assert (row.found, row.can_idle, row.note) == (entry.blocks, entry.blocks, "")
         assert (row.keep_all, row.batch) == (0.0, "free")
@@ -184,11 +186,10 @@ def test_command_refuses(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_readme_holds_the_table():
-    table = (Path(__file__).parent.parent / "README.md").read_text()
-    rows = [
-        line.split("|")[1].strip()
-        for line in table.splitlines()
-        if re.match(r"\|.*\| (timm|transformers|torchv)", line)
-    ]
-    assert rows == [entry.label for entry in entries()]
+def documented():
+    """The rows of the table in the documents."""
+    return [row for row in documents.rows() if len(row) == 8 and re.match("timm|transformers|torchvision", row[1])]
+
+
+def test_documents_hold_the_table():
+    assert [row[:2] for row in documented()] == [(entry.label, entry.family) for entry in entries()]
