@@ -5,6 +5,8 @@ import torch
 from torch import fx
 
 import idlefx
+from idlefx.capture.export import capture
+from idlefx.pipeline import spell
 from idlefx.records import Step
 from idlefx.runtime.module import selections
 from tests.models.small import DEPTH, build_mixing, image_tokens, images
@@ -46,14 +48,17 @@ def test_keeping_all_is_bit_identical(model):
 
 
 @torch.no_grad()
-def test_choosing_all_tokens_is_bit_identical_too(model, monkeypatch):
+def test_choosing_all_tokens_is_bit_identical_too(model, spec, monkeypatch):
     monkeypatch.setattr(Step, "idles", True)  # or a block that keeps all would be left as it is
     idle = idlefx.convert(model, layers=range(DEPTH), keep=1.0)
     names = {node.name for node in idle.graph.nodes}
     assert {f"idle_{block}_{part}" for block in range(DEPTH) for part in ("index", "gather", "scatter")} <= names
+    # Attention written by hand is spelled as the fused kernel before anything else, and that rounds on its own.
+    wanted = model if spec.fused else spell(capture(model).eval_graph)
     for batch in (1, 3):
         x = images(model, batch)
-        assert torch.equal(idle(x), model(x))
+        assert torch.equal(idle(x), wanted(x))
+        assert relative_error(idle(x), model(x)) <= 1e-6
 
 
 @torch.no_grad()
