@@ -26,13 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup`, tests of one model and otherwise those of one file stay together, unless they say so."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            together = (
-                parameters["name"]
-                if "name" in item.fixturenames and parameters.get("name") in MODELS
-                else item.path.stem
-            )
-            item.add_marker(pytest.mark.xdist_group(together))
+            model = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+            item.add_marker(pytest.mark.xdist_group(model if model in MODELS else item.path.stem))
 
 
 @pytest.fixture(scope="session", params=list(MODELS))

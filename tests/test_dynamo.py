@@ -45,6 +45,7 @@ def idles(module):
     return any(node.name.endswith("_scatter") for node in module.graph.nodes)
 
 
+@pytest.mark.slow
 def test_inductor_computes_what_convert_gives_and_its_gradients():
     model = build("vit")
     idle, fast = idlefx.convert(model, **OPTIONS), compiled(model, fullgraph=True)

@@ -21,6 +21,11 @@ SOME = {0: 0.5, 2: 0.3}
 SQUARE = Config(collision="all", prefix=0, head="mean", grid=(8, 8))
 
 
+def thorough(value: Any) -> Any:
+    """One more value of a parameter, which is tried in the slow tests only."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def kept(config: Config, keep: dict[int, float]) -> dict[int, int]:
     return {block: int(ratio * config.image_tokens) for block, ratio in keep.items()}
 
@@ -32,7 +37,7 @@ def quietly(model: nn.Module, example: Any) -> Any:
         return idlefx.convert(model, list(SOME), list(SOME.values()), schedule="blocks", example_inputs=example)
 
 
-@pytest.mark.parametrize("tokens_first", [False, True], ids=["batch_first", "tokens_first"])
+@pytest.mark.parametrize("tokens_first", [False, thorough(True)], ids=["batch_first", "tokens_first"])
 @pytest.mark.parametrize("core", ["sdpa", "matmul", "einsum_bnhd", "baddbmm", "multihead"])
 def test_tokens_head_width_and_width_are_all_64(core, tokens_first):
     config = replace(SQUARE, core=core, tokens_first=tokens_first, bias="distances")
@@ -41,7 +46,7 @@ def test_tokens_head_width_and_width_are_all_64(core, tokens_first):
 
 
 @pytest.mark.parametrize("collision", ["width", "head", "hidden"])
-@pytest.mark.parametrize("mlp", ["plain", "flattened", "raw"])
+@pytest.mark.parametrize("mlp", ["plain", thorough("flattened"), thorough("raw")])
 def test_tokens_are_as_many_as_features(mlp, collision):
     config = Config(collision=collision, mlp=mlp, prefix=2, projection="chunked", rotary="image_only").normalised()
     assert config.tokens == {"width": config.width, "head": config.head_width, "hidden": config.hidden}[collision]
@@ -58,7 +63,7 @@ def test_images_are_as_many_as_tokens_and_features():
     assert error_of(idle(*x), expected.output) <= 1e-5
 
 
-@pytest.mark.parametrize("prefix", [1, 3])
+@pytest.mark.parametrize("prefix", [1, thorough(3)])
 @pytest.mark.parametrize("rotary", ["none", "image_only"])
 def test_class_token_stands_at_the_end(rotary, prefix):
     config = Config(prefix=prefix, place="end", rotary=rotary)
@@ -114,7 +119,7 @@ def test_batch_that_cannot_stay_free_is_announced():
 
 
 @pytest.mark.parametrize("form", ["two_cores", "branches", "nested"])
-@pytest.mark.parametrize("head", ["class", "mean"])
+@pytest.mark.parametrize("head", ["class", thorough("mean")])
 def test_block_holds_two_attention_cores(head, form):
     config = Config(block=form, head=head)
     table = idlefx.inspect(build(config), inputs(config, 2))
@@ -123,7 +128,7 @@ def test_block_holds_two_attention_cores(head, form):
 
 
 @pytest.mark.parametrize("head", ["pooling", "image_pooling"])
-@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("prefix", [thorough(0), 1])
 def test_pooling_head_is_no_block(prefix, head):
     config = Config(head=head, prefix=prefix)
     table = idlefx.inspect(build(config), inputs(config, 2))
