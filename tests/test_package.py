@@ -45,7 +45,7 @@ def packaged(idle, tmp_path_factory):
 @pytest.fixture
 def never(monkeypatch):
     """Nothing may be compiled, and nothing compiled may be loaded."""
-    for name in ("build_artifact", "open_artifact", "port"):
+    for name in ("build_artifact", "open_artifact", "make_program"):
         monkeypatch.setattr(artifacts, name, lambda *_: pytest.fail("it went too far"))
 
 
