@@ -41,13 +41,13 @@ def faulty(gm, _):
 
 
 def test_compiled_model_that_is_off_is_refused(idle):
-    with pytest.raises(idlefx.PassError, match=r"compiled model differs from the eager one by 0\.01 .* verify=False"):
+    with pytest.raises(idlefx.ParityError, match=r"compiled model differs from the eager one by 0\.01 .* verify=False"):
         idlefx.compile(idle, backend=faulty)
     assert idlefx.compile(idle, backend=faulty, verify=False) is not None
 
 
 def test_parity_notices_what_is_no_number(idle):
-    with pytest.raises(idlefx.PassError, match="differs from the eager one by nan"):
+    with pytest.raises(idlefx.ParityError, match="differs from the eager one by nan"):
         check_parity(idle, lambda x: idle(x) * float("nan"), "other")
 
 
