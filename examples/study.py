@@ -108,9 +108,9 @@ def looked_at(idle: IdleModule) -> dict[int, tuple[float, float]]:
     data = scenes("val", LOOKED_AT, 0)
     images = torch.stack([data[i][0] for i in range(LOOKED_AT)])
     masks = torch.stack([torch.from_numpy(data.mask(i)) for i in range(LOOKED_AT)])
-    side = round(idle.blocks[0].image_tokens ** 0.5)
+    side = round(idle.plan.blocks[0].image_tokens ** 0.5)
     on = nn.functional.adaptive_max_pool2d(masks[:, None].float(), side).flatten(1).bool()
-    prefix = len(idle.blocks[0].prefix)
+    prefix = len(idle.plan.blocks[0].prefix)
     return {block: _shares(index[:, prefix:] - prefix, on) for block, index in selections(idle, images).items()}
 
 

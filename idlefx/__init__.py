@@ -1,32 +1,79 @@
 """idlefx: make any trained Vision Transformer cheaper without dropping a token."""
 
-from idlefx.deploy.artifacts import Artifact, load, package
-from idlefx.deploy.bundle import emit
-from idlefx.deploy.inductor import compile
-from idlefx.deploy.torch_compile import register as _register_backend
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
 from idlefx.errors import (
     ArtifactError,
     BlockError,
     CaptureError,
     IdleFxError,
     InputError,
+    ParityError,
     PassError,
     PlanError,
-    UnknownOperation,
+    TrainingError,
 )
-from idlefx.pipeline import convert, inspect, with_cut_loss
-from idlefx.planning.selectors import selector
-from idlefx.records import Block, BlockTable, Plan, Step
-from idlefx.reporting.cost_report import Report, report
-from idlefx.reporting.token_map import draw
-from idlefx.runtime.module import IdleModule
-from idlefx.utils.versions import VERSION
 
-__version__ = VERSION
+if TYPE_CHECKING:
+    from idlefx.deploy.artifacts import Artifact, load, package
+    from idlefx.deploy.bundle import emit
+    from idlefx.deploy.inductor import compile
+    from idlefx.options import PlanOptions
+    from idlefx.pipeline import convert, inspect, with_cut_loss
+    from idlefx.planning.selectors import selector
+    from idlefx.records import Block, BlockTable, Plan, Step
+    from idlefx.reporting.cost_report import Report, report
+    from idlefx.reporting.token_map import draw
+    from idlefx.runtime.conversion import Conversion
+    from idlefx.runtime.module import IdleModule
+    from idlefx.utils.versions import VERSION as __version__
+
 __all__ = [
-    "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "IdleFxError", "IdleModule",
-    "InputError", "PassError", "Plan", "PlanError", "Report", "Step", "UnknownOperation", "compile", "convert", "draw",
-    "emit", "inspect", "load", "package", "report", "selector", "with_cut_loss",
+    "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "Conversion", "IdleFxError",
+    "IdleModule", "InputError", "ParityError", "PassError", "Plan", "PlanError", "PlanOptions", "Report", "Step",
+    "TrainingError", "__version__", "compile", "convert", "draw", "emit", "inspect", "load", "package", "report",
+    "selector", "with_cut_loss",
 ]  # fmt: skip
+
+# A name is imported when it is first used: whoever only converts loads neither Matplotlib nor Inductor.
+_HOMES = {
+    "deploy.artifacts": ("Artifact", "load", "package"),
+    "deploy.bundle": ("emit",),
+    "deploy.inductor": ("compile",),
+    "options": ("PlanOptions",),
+    "pipeline": ("convert", "inspect", "with_cut_loss"),
+    "planning.selectors": ("selector",),
+    "records": ("Block", "BlockTable", "Plan", "Step"),
+    "reporting.cost_report": ("Report", "report"),
+    "reporting.token_map": ("draw",),
+    "runtime.conversion": ("Conversion",),
+    "runtime.module": ("IdleModule",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("idlefx.utils.versions").VERSION
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'idlefx' has no attribute {name!r}")
+    value = getattr(import_module(f"idlefx.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register_backend() -> None:
+    """Make `torch.compile(backend="idlefx")` known in a checkout; an installed package tells torch by entry point."""
+    if "idlefx" not in entry_points(group="torch_dynamo_backends").names:
+        from idlefx.deploy.torch_compile import register
+
+        register()
+
 
 _register_backend()

@@ -29,6 +29,14 @@ class PassError(IdleFxError):
     """A pass left the graph in a state that breaks a promise; names the pass."""
 
 
+class ParityError(IdleFxError):
+    """A compiled or packaged model does not compute what the eager one does."""
+
+
+class TrainingError(IdleFxError):
+    """A training run that cannot go on."""
+
+
 class ArtifactError(IdleFxError):
     """An artifact that cannot be made of this model, or cannot be used here."""
 

@@ -1,7 +1,7 @@
 """The story: capture a model, find its blocks, make a plan, run the passes."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,9 @@ from torch import fx, nn
 from idlefx.analysis.blocks import find_blocks
 from idlefx.capture.export import Captured, capture
 from idlefx.errors import IdleFxError, PassError
+from idlefx.graph import inference
 from idlefx.graph.state import adopt
+from idlefx.options import AUTO, PlanOptions, Schedule
 from idlefx.passes import (
     add_cut_loss,
     idle_tokens,
@@ -23,7 +25,8 @@ from idlefx.passes import (
 from idlefx.planning.schedule import make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.rewriting.verify import promise_of, verify
-from idlefx.runtime.module import Form, IdleModule
+from idlefx.runtime.conversion import Conversion, Form
+from idlefx.runtime.module import IdleModule, conversion_of
 
 Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 
@@ -37,8 +40,8 @@ def convert(
     layers: Sequence[int],
     keep: float | Sequence[float],
     *,
-    schedule: str = "stages",
-    selector: str = "auto",
+    schedule: Schedule = "stages",
+    selector: str = AUTO,
     reselect: bool = True,
     multiple_of: int = 1,
     prefix: int | Sequence[int] | None = None,
@@ -71,22 +74,14 @@ def convert(
     Source:
         IdleViT, arXiv:2310.05654.
     """
+    options = PlanOptions(layers, keep, schedule, selector, reselect, multiple_of, prefix)
     captured = capture(model, example_inputs, copy_model=copy)
-    spelled = spell(captured.eval_graph)
-    plan = make_plan(find_blocks(spelled, prefix), layers, keep, schedule, selector, reselect, multiple_of)
-    rewritten = rewrite(spelled, plan, captured.eval_graph)
-    evaluation = Form(captured.eval_graph, deepcopy(captured.eval_graph.graph), plan, rewritten.graph)
-    training = _for_training(captured, evaluation, prefix)
-    facts = {
-        **captured.facts,
-        "origin": _origin(model),
-        "guessed": example_inputs is None,
-        "call": {
-            "layers": list(layers), "keep": _plain(keep, float), "schedule": schedule, "selector": selector,
-            "reselect": reselect, "prefix": _plain(prefix, int), "multiple_of": multiple_of,
-        },
-    }  # fmt: skip
-    return IdleModule(evaluation, training, facts).train(captured.training)
+    evaluation = _carry_out(options, captured.eval_graph)
+    training = _for_training(captured, evaluation, options)
+    conversion = Conversion(
+        options, evaluation, training, captured.facts, captured.batch_free, _origin(model), example_inputs is None
+    )
+    return IdleModule(conversion, captured.eval_graph, captured.train_graph).train(captured.training)
 
 
 def with_cut_loss(idle: IdleModule) -> IdleModule:
@@ -105,14 +100,12 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
     Source:
         IdleViT, arXiv:2310.05654; `idlefx.runtime.cut_loss.token_cut` states the formula.
     """
-    facts = idle.meta["idlefx"]
-    forms: dict[fx.Graph, Form] = {}
-    for source, plan in facts["sources"].values():
-        if source not in forms:
-            rewritten = _run(REWRITE_WITH_LOSS, spell(idle, source), plan)
-            forms[source] = Form(idle, source, plan, rewritten.graph)
-    evaluation, training = (forms[facts["sources"][mode][0]] for mode in (False, True))
-    return IdleModule(evaluation, training, facts).train(idle.training)
+    conversion = conversion_of(idle)
+    evaluation = _with_cut_loss(idle, conversion.evaluation)
+    training = evaluation
+    if conversion.training is not conversion.evaluation:
+        training = _with_cut_loss(idle, conversion.training)
+    return IdleModule(replace(conversion, evaluation=evaluation, training=training), idle, idle).train(idle.training)
 
 
 def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Sequence[int] | None = None) -> BlockTable:
@@ -145,8 +138,40 @@ def rewrite(spelled: fx.GraphModule, plan: Plan, original: fx.GraphModule) -> fx
     return _run(REWRITE, spelled, plan) if any(step.idles for step in plan) else original
 
 
+def _carry_out(options: PlanOptions, captured: fx.GraphModule) -> Form:
+    """Find the blocks of a captured graph, and let those idle that the options name."""
+    spelled = spell(captured)
+    plan = make_plan(find_blocks(spelled, options.prefix), options)
+    return Form(deepcopy(captured.graph), plan, rewrite(spelled, plan, captured).graph)
+
+
+def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) -> Form:
+    """The train-mode graph with the same plan; its nodes have names of their own, so its blocks are found anew."""
+    if captured.train_graph is captured.eval_graph:
+        return evaluation
+    spelled, plan = spell(captured.train_graph), evaluation.plan
+    blocks = find_blocks(spelled, options.prefix)
+    same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
+    if not same or not all(blocks[s.block].can_idle for s in plan):
+        warnings.warn(
+            "in train mode the model has other blocks than in eval mode; `.train()` keeps what eval mode does",
+            stacklevel=3,
+        )
+        return evaluation
+    plan = replace(plan, blocks=blocks)
+    return Form(deepcopy(captured.train_graph.graph), plan, rewrite(spelled, plan, captured.train_graph).graph)
+
+
+def _with_cut_loss(idle: IdleModule, form: Form) -> Form:
+    rewritten = _run(REWRITE_WITH_LOSS, spell(idle, form.source), form.plan)
+    return replace(form, graph=rewritten.graph)
+
+
 def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Run passes one by one; each is held to the promises of the graph, and to the values of the nodes it changed."""
     promise = promise_of(module)
+    for node in module.graph.nodes:
+        inference.trust(node)  # the trace, or the runner before, has inferred it
     for step in passes:
         try:
             module = step(module, plan)
@@ -157,15 +182,9 @@ def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.Graph
         if step is add_cut_loss:  # the one pass that promises more than it found
             promise = replace(promise, outputs=(*promise.outputs, *promise_of(module).outputs[-1:]))
         verify(module, promise, step.__name__)
+    inference.forget(module.graph)
     module.recompile()
     return module
-
-
-def _plain(given: Any, kind: Callable[[Any], Any]) -> Any:
-    """A number, or several, of any library, as Python has them."""
-    if given is None:
-        return None
-    return [kind(each) for each in given] if isinstance(given, Iterable) else kind(given)
 
 
 def _origin(model: nn.Module) -> str:
@@ -175,21 +194,3 @@ def _origin(model: nn.Module) -> str:
     if architecture and type(model).__module__.startswith("timm."):
         return str(architecture)
     return f"{type(model).__module__}:{type(model).__qualname__}"
-
-
-def _for_training(captured: Captured, evaluation: Form, prefix: Any) -> Form:
-    """The train-mode graph with the same plan; its nodes have names of their own, so its blocks are found anew."""
-    if captured.train_graph is captured.eval_graph:
-        return evaluation
-    spelled, plan = spell(captured.train_graph), evaluation.plan
-    blocks = find_blocks(spelled, prefix)
-    same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
-    if not same or not all(blocks[s.block].can_idle for s in plan):
-        warnings.warn(
-            "in train mode the model has other blocks than in eval mode; `.train()` keeps what eval mode does",
-            stacklevel=3,
-        )
-        return evaluation
-    plan = replace(plan, blocks=blocks)
-    rewritten = rewrite(spelled, plan, captured.train_graph)
-    return Form(captured.train_graph, deepcopy(captured.train_graph.graph), plan, rewritten.graph)

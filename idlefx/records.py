@@ -1,8 +1,8 @@
 """The facts that cross from one stage to the next, frozen, and the tables they print."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 from tabulate import tabulate
 
@@ -10,6 +10,21 @@ from tabulate import tabulate
 def written(gmacs: float) -> str:
     """Three digits that count, whatever the size of the model."""
     return f"{gmacs:#.3g}".removesuffix(".")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model's images and classes.
+
+    Attributes:
+        image_size: Channels, height and width of an image.
+        data: timm's data configuration (mean, std, interpolation, …); None where it is not known.
+        classes: Names of the classes, in the order of the logits; None where they are not known.
+    """
+
+    image_size: tuple[int, ...]
+    data: Mapping[str, Any] | None = None
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

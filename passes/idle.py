@@ -1,18 +1,21 @@
 """Let tokens idle: run each planned block on the chosen tokens and write them back over the others.
 
-1. The chosen tokens are taken from the residual stream: `idle_<block>_gather`.
+1. The chosen tokens are taken from the residual stream.
 2. The block is copied onto them. What it reads by token position is taken at the same positions, and every size
    that counts tokens is written anew, both as `propagation` proved them.
-3. The result is put back into the stream: `idle_<block>_scatter` stands for the block's exit everywhere.
+3. The result is put back into the stream: what does so stands for the block's exit everywhere.
 4. The dense blocks are removed, once all are rewritten: until then the positions of the others look unread.
 """
+
+from typing import Any
 
 from torch import fx
 
 from idlefx.analysis.blocks import Opened, open_block
 from idlefx.analysis.subset import Subset
 from idlefx.graph.build import add_call
-from idlefx.graph.queries import by_name, remove_dead
+from idlefx.graph.notes import Made, Role, only_made_for
+from idlefx.graph.queries import remove_dead
 from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.rebuilder import Rebuilder
 from idlefx.runtime import gather_scatter
@@ -33,11 +36,13 @@ def idle_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
     name, entry, like = f"idle_{block.index}_", opened.entry, opened.exit
-    index, place = (by_name(graph)[name + part] for part in ("index", "place"))
+    index, place = only_made_for(graph, block.index, "index"), only_made_for(graph, block.index, "place")
     dims = (block.token_dim, block.batch_dim)
-    gathered = add_call(graph, gather_scatter.take_tokens, entry, index, *dims, name=f"{name}gather", like=like)
+
+    def add(target: Any, *args: Any, role: Role) -> fx.Node:
+        return add_call(graph, target, *args, name=name + role, like=like, note=Made(block.index, role))
+
+    gathered = add(gather_scatter.take_tokens, entry, index, *dims, role="gather")
     chosen = Subset(index, block.prefix, block.image_positions, step.kept)
-    worked = Rebuilder(graph, opened.walk, chosen, {entry: gathered}, name)(opened.exit)
-    return add_call(
-        graph, gather_scatter.put_tokens, entry, index, worked, *dims, place, name=f"{name}scatter", like=like
-    )
+    worked = Rebuilder(graph, opened.walk, chosen, {entry: gathered}, name, Made(block.index, "work"))(opened.exit)
+    return add(gather_scatter.put_tokens, entry, index, worked, *dims, place, role="scatter")

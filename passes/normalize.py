@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from idlefx.analysis.attention import Spelling, match
+from idlefx.graph import notes
 from idlefx.graph.build import add_call
 from idlefx.graph.queries import remove_dead
 from idlefx.records import Plan
@@ -34,7 +35,7 @@ def _rewrite(graph: fx.Graph, spelling: Spelling) -> None:
     out.target = aten.scaled_dot_product_attention.default
     out.args = (spelling.query, key, spelling.value, spelling.mask, spelling.dropout, False)
     out.kwargs = {"scale": spelling.scale}
-    out.meta["idlefx"] = {"attention": spelling.name}
+    out.meta[notes.KEY] = notes.Spelled(spelling.name)
 
 
 def _untransposed(graph: fx.Graph, key: fx.Node) -> fx.Node:

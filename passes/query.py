@@ -10,7 +10,8 @@ from torch import fx
 
 from idlefx.analysis.walk import argument
 from idlefx.graph.build import add_call
-from idlefx.graph.queries import Call, by_name, remove_dead
+from idlefx.graph.notes import made_for, note_of, only_made_for
+from idlefx.graph.queries import Call, remove_dead
 from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Plan
 from idlefx.runtime import ops
@@ -20,16 +21,16 @@ aten = torch.ops.aten
 
 def shorten_query(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite what the heads of the plan's blocks read; those blocks must idle already (`idle`)."""
-    graph, nodes = module.graph, by_name(module.graph)
+    graph = module.graph
     blocks = [plan.blocks[step.block] for step in plan if step.idles]
-    leading = {nodes[f"idle_{block.index}_scatter"]: block.leading for block in blocks}
+    scatters = {block.index: only_made_for(graph, block.index, "scatter") for block in blocks}
+    leading = {scatters[block.index]: block.leading for block in blocks}
     for block in blocks:
-        for node in graph.nodes:
-            if node.name.startswith(f"idle_{block.index}_query") and node.target is aten.linear.default:
-                _take_over(node, leading)
+        for query in made_for(graph, block.index, "query"):
+            _take_over(query, leading)
     remove_dead(graph)
     for block in blocks:
-        _read_worked(nodes[f"idle_{block.index}_scatter"], block)
+        _read_worked(scatters[block.index], block)
     remove_dead(graph)
     return module
 
@@ -80,11 +81,12 @@ def _cut_out(node: Call, like: Call) -> fx.Node:
     """The part of a node that another cuts out; of a sum the sum of the parts, as the whole is then read only once."""
 
     def cut(part: fx.Node) -> fx.Node:
-        return add_call(like.graph, like.target, part, *like.args[1:], name=like.name, like=like)
+        return add_call(like.graph, like.target, part, *like.args[1:], name=like.name, like=like, note=note_of(like))
 
     if not _is_plain_sum(node):
         return cut(node)
-    return add_call(like.graph, node.target, *(cut(n) for n in node.args), name=like.name, like=like)
+    parts = [cut(n) for n in node.args]
+    return add_call(like.graph, node.target, *parts, name=like.name, like=like, note=note_of(like))
 
 
 def _is_plain_sum(node: Call) -> bool:

@@ -1,7 +1,7 @@
 """Give every idling block a selector head: scores of all tokens, and the positions of those that work.
 
-1. A step that idles gets `idle_<block>_scores` (B, N), `idle_<block>_index` (B, P + K), the positions of those that
-   work, and `idle_<block>_place` (B, N), where each token stands, first those that work.
+1. A step that idles gets scores of all tokens (B, N), and of these its "index" (B, P + K), the positions of the tokens
+   that work, and its "place" (B, N), where each token stands, first those that work; notes on the nodes tell them.
 2. If the plan lets no token return, the choice is made among the tokens that worked in the idling block before.
 3. Nothing reads the positions yet, so nothing changes.
 """
@@ -27,8 +27,8 @@ def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             with graph.inserting_before(opened.exit):
                 head = Head(graph, block, opened)
                 given = (head.build(step), block.prefix, step.kept, *([] if before is None else [before]))
-                choice = head.add(ops.choose_tokens, *given, name="choice")
-                index = head.add(operator.getitem, choice, 0, name="index")
-                head.add(operator.getitem, choice, 1, name="place")
+                choice = head.add(ops.choose_tokens, *given, name="choice", role="choice")
+                index = head.add(operator.getitem, choice, 0, name="index", role="index")
+                head.add(operator.getitem, choice, 1, name="place", role="place")
             before = None if plan.reselect else index
     return module

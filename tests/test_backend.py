@@ -41,14 +41,14 @@ def faulty(gm, _):
 
 
 def test_compiled_model_that_is_off_is_refused(idle):
-    with pytest.raises(idlefx.PassError, match=r"compiled model differs from the eager one by 0\.01 .* verify=False"):
+    with pytest.raises(idlefx.ParityError, match=r"compiled model differs from the eager one by 0\.01 .* verify=False"):
         idlefx.compile(idle, backend=faulty)
     x = torch.randn(2, 3, 48, 48)
     assert torch.allclose(idlefx.compile(idle, backend=faulty, verify=False)(x), 0.99 * idle(x))
 
 
 def test_parity_notices_what_is_no_number(idle):
-    with pytest.raises(idlefx.PassError, match="differs from the eager one by nan"):
+    with pytest.raises(idlefx.ParityError, match="differs from the eager one by nan"):
         check_parity(idle, lambda x: idle(x) * float("nan"), "other")
 
 

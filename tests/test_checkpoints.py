@@ -114,31 +114,36 @@ def test_plan_is_a_file_for_people(tmp_path):
     assert set(told["versions"]) == {"idlefx", "torch", "timm"}
 
 
-def describe(**facts):
-    dense, idle = models()
-    return checkpoints.plan_of_run(dense, idle, PLAIN, {"keep": [0.5], **facts}, {})
+def plan_of_run(**options):
+    dense, _ = models()
+    idle = idlefx.convert(dense, **{"layers": [1], "keep": 0.5, **options})
+    return checkpoints.plan_of_run(dense, idle, PLAIN, {"batch_size": 8}, {})
 
 
 def test_a_run_of_another_plan_is_refused(tmp_path):
-    checkpoints.start(tmp_path, describe())
-    checkpoints.start(tmp_path, describe(), resume=True)
-    message = refusal(checkpoints.start, tmp_path, describe(keep=[0.7]), resume=True)
-    assert says(message, "another model or plan", r"keep is \[0.5\] there, \[0.7\] now"), message
+    checkpoints.start(tmp_path, plan_of_run())
+    checkpoints.start(tmp_path, plan_of_run(), resume=True)
+    for options, words in (
+        ({"keep": 0.7}, "keep is 0.5 there, 0.7 now"),
+        ({"prefix": [0]}, r"prefix is null there, \[0\]"),
+    ):
+        message = refusal(checkpoints.start, tmp_path, plan_of_run(**options), resume=True)
+        assert says(message, "another model or plan", words), message
 
 
 def test_a_run_of_other_weights_is_refused(tmp_path):
-    checkpoints.start(tmp_path, describe())
+    checkpoints.start(tmp_path, plan_of_run())
     dense, idle = models()
     with torch.no_grad():
         dense.head.bias[0] += 1e-3
-    plan = checkpoints.plan_of_run(dense, idle, PLAIN, {"keep": [0.5]}, {})
+    plan = checkpoints.plan_of_run(dense, idle, PLAIN, {"batch_size": 8}, {})
     message = refusal(checkpoints.start, tmp_path, plan, resume=True)
     assert says(message, "another model or plan", "dense_weights"), message
 
 
 def test_a_second_run_never_overwrites_the_first(tmp_path):
-    checkpoints.start(tmp_path, describe())
-    assert says(refusal(checkpoints.start, tmp_path, describe()), "holds a run", "--resume", "--out")
+    checkpoints.start(tmp_path, plan_of_run())
+    assert says(refusal(checkpoints.start, tmp_path, plan_of_run()), "holds a run", "--resume", "--out")
 
 
 def test_resuming_nothing_is_refused(tmp_path):

@@ -82,7 +82,7 @@ def test_deepcopy_is_whole_and_independent():
     x = images(model, 3)
     before = idle(x)
     twin = copy.deepcopy(idle)
-    assert list(twin.plan) == list(idle.plan) and str(twin.blocks) == str(idle.blocks)
+    assert list(twin.plan) == list(idle.plan) and str(twin.plan.blocks) == str(idle.plan.blocks)
     assert same_selections(selections(twin, x), selections(idle, x))
     assert torch.equal(twin(x), before)
     assert not torch.equal(twin.train()(x), before)

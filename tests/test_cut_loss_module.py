@@ -39,7 +39,7 @@ class Largest(TorchDispatchMode):
 def check_no_map_for_each_head(student: Any, x: Tensor, heads: int, tokens: int) -> None:
     """Neither the graph nor a run of it holds as much as an attention map for each head."""
     a_map_each = heads * tokens**2
-    for graph in student.meta["idlefx"]["graphs"].values():
+    for graph in (student.conversion.evaluation.graph, student.conversion.training.graph):
         for node in graph.nodes:
             for value in tree_leaves(node.meta.get("val")):
                 if isinstance(value, Tensor):
@@ -109,7 +109,7 @@ def test_module_stays_an_idle_module():
     idle = convert(model.train(), LAST)
     student = idlefx.with_cut_loss(idle)
     assert isinstance(student, idlefx.IdleModule) and student.training
-    assert student.plan == idle.plan and str(student.blocks) == str(idle.blocks)
+    assert student.plan == idle.plan and str(student.plan.blocks) == str(idle.plan.blocks)
     x = images(model, 4)
     for mode in (True, False):
         idle.train(mode), student.train(mode)

@@ -224,7 +224,7 @@ def test_shipped_model_is_found_by_name_and_knows_its_inputs():
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_500_000
     images, facts = guess_inputs(model)
     assert images.shape == (2, 3, 32, 32)
-    assert facts["data"]["mean"] == (0.5, 0.5, 0.5) and facts["data"]["std"] == (0.25, 0.25, 0.25)
+    assert facts.data["mean"] == (0.5, 0.5, 0.5) and facts.data["std"] == (0.25, 0.25, 0.25)
     assert model(images).shape == (2, len(CLASSES))
 
 

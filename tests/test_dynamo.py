@@ -119,7 +119,7 @@ def test_own_selector_is_used(graphs):
 
 
 def test_options_are_those_of_convert(graphs):
-    known = {each.name for each in dataclasses.fields(torch_compile.Options)}
+    known = {each.name for each in dataclasses.fields(idlefx.PlanOptions)}
     assert known == inspect.signature(idlefx.convert).parameters.keys() - {"model", "example_inputs", "copy"}
     model, options, x = build("vit"), {**OPTIONS, "multiple_of": 8}, torch.randn(2, 3, 48, 48)
     assert torch.allclose(compiled(model, options)(x), idlefx.convert(model, **options)(x), atol=1e-5)
@@ -163,10 +163,10 @@ def test_plan_that_does_not_fit_a_part_tells_of_the_break(graphs):
     ("options", "words"),
     [
         (None, "InputError: backend: .* needs options="),
-        ({"layers": [1]}, "InputError: backend: options lack keep"),
-        ({**OPTIONS, "ratio": 0.5}, r"InputError: backend: unknown options \['ratio'\]; known are layers, keep"),
-        ({**OPTIONS, "prefix": "x"}, "InputError: backend: prefix='x' is neither"),
-        ({**OPTIONS, "reselect": 3}, "InputError: backend: reselect=3 is neither"),
+        ({"layers": [1]}, "PlanError: plan: options lack keep"),
+        ({**OPTIONS, "ratio": 0.5}, r"PlanError: plan: unknown options \['ratio'\]; known are layers, keep"),
+        ({**OPTIONS, "prefix": "x"}, "PlanError: plan: prefix='x' is neither"),
+        ({**OPTIONS, "reselect": 3}, "PlanError: plan: reselect=3 is neither"),
         ({**OPTIONS, "layers": "3"}, "PlanError: plan: layers='3' is not a list"),
         ({**OPTIONS, "layers": [9]}, "PlanError: plan: there is no block 9"),
         ({**OPTIONS, "keep": 2.0}, "PlanError: plan: keep=2.0 is not in"),

@@ -92,14 +92,34 @@ def test_query_of_one_token_is_its_norm_and_a_linear_layer(dim, count):
     assert torch.allclose(found, linear(norm(sum(part.select(dim, 2) for part in addends))), atol=1e-6)
 
 
-def test_plain_operations_do_the_work_where_kernels_cannot_run(monkeypatch):
-    monkeypatch.setattr(ops, "_fusing", True)
-    monkeypatch.setattr(ops, "_runs_kernels", lambda _: ops._fusing)
-    monkeypatch.setattr(ops, "triton_ops", SimpleNamespace(MOST_TOKENS=10), raising=False)
-    tokens, weight = torch.randn(3, 6, 8), torch.randn(5, 8)
-    layers = (tokens.new_ones(8), None, 1e-6, weight, None)
-    with ops.plain():
-        wanted = *ops.choose_tokens(tokens.sum(2), (0,), 2), ops.norm_linear([tokens], 0, 1, *layers)
-    with torch.no_grad(), pytest.warns(UserWarning, match="plain operations do its work") as seen:
-        found = *ops.choose_tokens(tokens.sum(2), (0,), 2), ops.norm_linear([tokens], 0, 1, *layers)
-    assert len(seen) == 1 and all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels that are said to run here, and fail with what is put into `error`."""
+    failing = SimpleNamespace(error=None, calls=0)
+
+    def fail(*_):
+        failing.calls += 1
+        raise failing.error
+
+    monkeypatch.setattr(ops, "_without_kernels", ())
+    monkeypatch.setattr(ops, "_runs_kernels", lambda x: x.device.index not in ops._without_kernels)
+    monkeypatch.setattr(ops, "triton_ops", SimpleNamespace(MOST_TOKENS=10))
+    monkeypatch.setattr(ops, "choose_tokens_in_one", fail)
+    return failing
+
+
+def test_plain_operations_do_the_work_where_kernels_cannot_be_built(kernels):
+    kernels.error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+    scores = torch.randn(3, 6)
+    with pytest.warns(UserWarning, match="plain operations do their work, slower: Failed to find C compiler") as seen:
+        found = [ops.choose_tokens(scores, (0,), 2) for _ in range(2)]
+    assert len(seen) == kernels.calls == 1
+    ranks = scores[:, 1:].argsort(dim=1, descending=True, stable=True)[:, :2] + 1
+    assert all(torch.equal(index[:, 1:], ranks.sort(dim=1).values) for index, _ in found)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("an illegal memory access"), ValueError("a fault of the kernel")])
+def test_fault_of_a_kernel_is_not_hidden(kernels, error):
+    kernels.error = error
+    with pytest.raises(type(error), match=str(error)):
+        ops.choose_tokens(torch.randn(3, 6), (0,), 2)

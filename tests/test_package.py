@@ -171,7 +171,7 @@ def test_what_cannot_be_packaged_is_refused_before_anything_is_compiled(idle, tm
 def test_artifact_that_is_off_is_refused_and_not_left_behind(packaged, tmp_path, monkeypatch):
     other = idlefx.convert(build("vit", depth=2, seed=1), [1], 0.5)
     monkeypatch.setattr(artifacts, "build_artifact", lambda program, path, metadata: shutil.copy(packaged, path))
-    refused(idlefx.PassError, "packaged model differs", idlefx.package, other, tmp_path / "vit.pt2")
+    refused(idlefx.ParityError, "packaged model differs", idlefx.package, other, tmp_path / "vit.pt2")
     assert not list(tmp_path.iterdir())
     assert idlefx.package(other, tmp_path / "vit.pt2", verify=False).exists()
 

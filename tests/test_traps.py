@@ -58,7 +58,7 @@ def test_images_are_as_many_as_tokens_and_features():
     config = Config(collision="width", prefix=0, head="mean", core="bmm", tokens_first=True)
     model, x = build(config), inputs(config, 3)
     idle = quietly(model, inputs(config, config.tokens, seed=1))
-    assert idle.blocks[0].token_dim == 0 and idle.blocks[0].batch_dim == 1
+    assert idle.plan.blocks[0].token_dim == 0 and idle.plan.blocks[0].batch_dim == 1
     expected = generated_reference.run(model, kept(config, SOME), x)
     assert error_of(idle(*x), expected.output) <= 1e-5
 

@@ -7,6 +7,7 @@ from torch import fx
 import idlefx
 from idlefx import pipeline
 from idlefx.capture.export import capture
+from idlefx.options import PlanOptions
 from idlefx.planning.schedule import make_plan
 from idlefx.records import Plan
 from idlefx.rewriting.verify import promise_of, verify
@@ -104,5 +105,5 @@ def test_a_pass_with_nothing_to_do_returns_the_same_graph(step):
     module = captured()
     before = str(module.graph)
     blocks = pipeline.find_blocks(module)
-    assert step(module, make_plan(blocks, [0], 1.0)) is module
+    assert step(module, make_plan(blocks, PlanOptions([0], 1.0))) is module
     assert str(module.graph) == before

@@ -109,7 +109,7 @@ def test_other_weights_fail(case):
 def test_other_plan_fails(case):
     model, table, idle, batch = case
     other = convert(model, [1, 3], [0.5, 0.3], schedule="blocks", example_inputs=batch[:2])
-    idle.meta["idlefx"]["plan"] = other.plan
+    idle.meta["idlefx"] = other.conversion
     with pytest.raises(ValueError, match="tokens work where 11 should"):
         verdict(model, table, idle, batch)
 

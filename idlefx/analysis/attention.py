@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from idlefx.analysis.layouts import Layout
+from idlefx.graph.notes import Spelled, note_of
 from idlefx.graph.queries import Call, image_data, value
 from idlefx.graph.sizes import shape_of
 
@@ -139,7 +140,8 @@ def find_cores(graph: fx.Graph) -> list[Core]:
     found = []
     for node in nodes:
         if node.target is aten.scaled_dot_product_attention.default:
-            name = node.meta.get("idlefx", {}).get("attention", "sdpa")
+            note = note_of(node)
+            name = note.attention if isinstance(note, Spelled) else "sdpa"
             given = node.kwargs.get("scale")
             scale = shape_of(node.args[0])[-1] ** -0.5 if given is None else given
             found.append(Core(name, node, node.args[0], node.args[1], scale=scale))

@@ -5,7 +5,6 @@ tokens through them, `prefix_tokens` tells which tokens are not of the image.
 """
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +35,7 @@ from idlefx.graph.queries import (
     value,
 )
 from idlefx.graph.sizes import number, shape_of
+from idlefx.options import plain_prefix
 from idlefx.records import Block, BlockTable
 
 aten = torch.ops.aten
@@ -161,10 +161,8 @@ def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:
 
 
 def _given(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
-    try:
-        positions = tuple(sorted(set(map(operator.index, prefix if isinstance(prefix, Iterable) else range(prefix)))))
-    except TypeError as error:
-        raise InputError(f"blocks: prefix={prefix!r} is neither a number of leading tokens nor positions") from error
+    plain = plain_prefix(prefix)
+    positions = tuple(sorted(set(plain if isinstance(plain, tuple) else range(plain or 0))))
     if not all(0 <= p < tokens for p in positions) or len(positions) >= tokens:
         raise InputError(f"blocks: prefix={prefix} does not fit {tokens} tokens; give their number or their positions")
     return positions

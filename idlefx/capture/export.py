@@ -7,7 +7,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from idlefx.capture.cleanup import tidy
 from idlefx.capture.inputs import guess_inputs, known_facts
 from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
+from idlefx.records import ModelFacts
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,13 +33,15 @@ class Captured:
         eval_graph: What the model does in eval mode.
         train_graph: What it does in train mode; the same object where the mode makes no difference.
         training: The mode the model was in.
-        facts: `image_size` of the example; `data` and `classes` where known (`inputs.known_facts`); `batch_free`.
+        facts: What is known of its images and classes; the image size is that of the example.
+        batch_free: Whether the batch size is free.
     """
 
     eval_graph: fx.GraphModule
     train_graph: fx.GraphModule
     training: bool
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: ModelFacts
+    batch_free: bool
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = True) -> Captured:
@@ -68,7 +71,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
             module.training = mode
     if not batch_free:
         warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=3)
-    return Captured(eval_graph, train_graph, model.training, {**facts, "batch_free": batch_free})
+    return Captured(eval_graph, train_graph, model.training, facts, batch_free)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -81,7 +84,7 @@ def _check_weights(model: nn.Module) -> None:
             raise InputError(f"capture: `{name}` is on the meta device and has no values; load its weights first")
 
 
-def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, dict[str, Any]]:
+def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, ModelFacts]:
     if example is None:
         example = guess_inputs(model)[0]
     args: tuple[Any, ...] = ()
@@ -109,7 +112,7 @@ def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, dict[str, Any]
         doubled = lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t  # noqa: E731
         args, kwargs = tree_map_only(torch.Tensor, doubled, (args, kwargs))
     size = tuple(image.shape[1:])
-    return (args, kwargs), {"image_size": size, **known_facts(model, size)}
+    return (args, kwargs), known_facts(model, size)
 
 
 def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:

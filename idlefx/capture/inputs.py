@@ -7,18 +7,18 @@ import torch
 from torch import nn
 
 from idlefx.errors import InputError
+from idlefx.records import ModelFacts
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.875}
 MODES = {1: "L", 3: "RGB"}
 EXAMPLE_BATCH = 2  # a batch of one would be traced as a constant
 
 
-def guess_inputs(model: nn.Module) -> tuple[Any, dict[str, Any]]:
+def guess_inputs(model: nn.Module) -> tuple[Any, ModelFacts]:
     """Example inputs for a timm, torchvision or Hugging Face model.
 
     Returns:
-        The inputs (a tensor, or a dict of keyword inputs), and facts worth keeping: `image_size`
-        (channels, height, width) and what `known_facts` finds.
+        The inputs (a tensor, or a dict of keyword inputs), and what is known of the model's images and classes.
 
     Raises:
         InputError: The model does not say which inputs it takes.
@@ -31,29 +31,25 @@ def guess_inputs(model: nn.Module) -> tuple[Any, dict[str, Any]]:
             # A fixed seed of its own: tracing must not disturb the user's random state.
             noise = torch.randn(EXAMPLE_BATCH, *size, generator=torch.Generator().manual_seed(0))
             image = noise.to(parameter.device, parameter.dtype)
-            return ({keyword: image} if keyword else image), {"image_size": size, **known_facts(model, size)}
+            return ({keyword: image} if keyword else image), known_facts(model, size)
     raise InputError(
         f"capture: cannot guess the inputs of {type(model).__name__}; pass example_inputs "
         "(a tensor, a tuple of positional or a dict of keyword inputs)"
     )
 
 
-def known_facts(model: nn.Module, image_size: tuple[int, ...]) -> dict[str, Any]:
+def known_facts(model: nn.Module, image_size: tuple[int, ...]) -> ModelFacts:
     """What a model's library knows of its images and classes.
 
     Args:
         model: Any module.
         image_size: Channels, height and width of its images.
-
-    Returns:
-        `data`, timm's data configuration (mean, std, interpolation, …), and `classes`, their names in the order of
-        the logits; each only where it is known.
     """
-    facts: dict[str, Any] = {}
+    data = None
     if _is_timm(model):
         from timm.data.config import resolve_model_data_config
 
-        facts["data"] = {**resolve_model_data_config(model), "input_size": image_size}
+        data = {**resolve_model_data_config(model), "input_size": image_size}
         config = model.pretrained_cfg
         names = config.get("label_names") if isinstance(config, dict) else getattr(config, "label_names", None)
     else:
@@ -61,7 +57,7 @@ def known_facts(model: nn.Module, image_size: tuple[int, ...]) -> dict[str, Any]
         names = [labels[index] for index in sorted(labels)]
         if names == [f"LABEL_{index}" for index in range(len(names))]:  # what Hugging Face calls them if nobody did
             names = None
-    return {**facts, "classes": [str(name) for name in names]} if names else facts
+    return ModelFacts(image_size, data, tuple(map(str, names)) if names else None)
 
 
 def _is_timm(model: nn.Module) -> bool:

@@ -20,9 +20,7 @@ EXAMPLE = {
     "ema": 0.0, "workers": 0,
 }  # fmt: skip
 
-DECISIVE = (
-    "model", "layers", "keep", "schedule", "selector", "reselect", "multiple_of", "batch_size", "augment", "erase",
-)  # fmt: skip
+DECISIVE = ("model", "batch_size", "augment", "erase")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -61,7 +59,7 @@ def source_of(options: argparse.Namespace) -> Source:
 
 
 def decisive(options: argparse.Namespace, train: ImageLoader, val: ImageLoader) -> dict[str, Any]:
-    """What must be the same for a run to go on exactly; where the images lie may change."""
+    """What must be the same for a run to go on exactly, besides plan and settings; where the images lie may change."""
     facts = {name: getattr(options, name) for name in DECISIVE}
     return {**facts, "images": [len(train.dataset), len(val.dataset)], "processes": train.world.size}
 

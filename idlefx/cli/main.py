@@ -21,7 +21,7 @@ from idlefx.demo.glyphs import Glyphs
 from idlefx.deploy.artifacts import check_path
 from idlefx.deploy.bundle import check_directory
 from idlefx.errors import IdleFxError, InputError
-from idlefx.runtime.module import IdleModule
+from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.utils.devices import DTYPES
 from idlefx.utils.files import whole_file
 from idlefx.zoo import survey
@@ -86,7 +86,7 @@ def _draw(options: argparse.Namespace) -> None:
 
 def _scenes(idle: IdleModule) -> list[Image.Image]:
     """What to draw where no photographs are named."""
-    side = idle.meta["idlefx"]["image_size"][-1]
+    side = conversion_of(idle).facts.image_size[-1]
     scenes = Glyphs("test", size=SCENES, image_size=side)
     return [scenes.scene(number).image for number in range(SCENES)]
 

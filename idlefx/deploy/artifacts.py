@@ -109,7 +109,7 @@ def package(
         InputError: The path cannot be written, the device is absent, or an argument makes no sense; said before
             anything is compiled.
         ArtifactError: The model cannot be compiled.
-        PassError: The compiled model does not compute what the eager one does.
+        ParityError: The compiled model does not compute what the eager one does.
     """
     path = check_path(path)
     with whole_file(path) as partial:

@@ -22,13 +22,15 @@ from idlefx.capture.inputs import EXAMPLE_BATCH, MODES, guess_inputs
 from idlefx.capture.models import load_model
 from idlefx.deploy.artifacts import package
 from idlefx.deploy.parity import check_parity, example_of
-from idlefx.errors import InputError, PassError, first_line
+from idlefx.errors import InputError, ParityError, first_line
+from idlefx.options import AUTO
 from idlefx.pipeline import convert
-from idlefx.planning.selectors import AUTO, find_selector
+from idlefx.planning.selectors import find_selector
 from idlefx.reporting.cost_report import report
 from idlefx.reporting.images import Photo
 from idlefx.reporting.token_map import draw
-from idlefx.runtime.module import IdleModule, check_converted
+from idlefx.runtime.conversion import Conversion
+from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.utils.versions import VERSION, versions
 
 ARTIFACT, PLAN, WEIGHTS, REPORT, PICTURE, SCRIPT = (
@@ -64,18 +66,18 @@ def emit(
 
     Raises:
         InputError: The directory cannot be written or is not empty, the model cannot be made again, an option is wrong.
-        PassError: The artifact does not compute what the model does.
+        ParityError: The artifact does not compute what the model does.
     """
-    check_converted(idle)
+    conversion = conversion_of(idle)
     with _whole_directory(Path(directory)) as partial:
-        facts = idle.meta["idlefx"]
-        name = model or facts["origin"]
+        name = model or conversion.origin
         safetensors.torch.save_model(idle, str(partial / WEIGHTS))
         making = _made_again(name, partial / WEIGHTS, idle)
         package(idle, partial / ARTIFACT, **options)
-        told = {"model": name, **facts["call"], "blocks": [asdict(step) for step in idle.plan], "versions": versions()}
+        steps = [asdict(step) for step in conversion.plan]
+        told = {"model": name, **conversion.options.to_dict(), "blocks": steps, "versions": versions()}
         (partial / PLAN).write_text(json.dumps(told, indent=2) + "\n")
-        (partial / SCRIPT).write_text(_script(name, making, facts, options))
+        (partial / SCRIPT).write_text(_script(name, making, conversion, options))
         pictured = _draw(idle, images, partial / PICTURE)
         (partial / REPORT).write_text(_report(idle, name, pictured))
     return Path(directory)
@@ -111,19 +113,20 @@ def _whole_directory(target: Path) -> Iterator[Path]:
 
 def _made_again(name: str, weights: Path, idle: IdleModule) -> dict[str, Any]:
     """The options of `load_model` that make a model again that computes what this one did before it was converted."""
-    facts = idle.meta["idlefx"]
-    side = facts["image_size"][-1]
+    conversion = conversion_of(idle)
+    image_size = conversion.facts.image_size
     refusals = []
     if name.startswith("__main__:"):  # which will be the script
         raise InputError(
             f"emit: {name} is defined in the program itself; move it into a module, which the script can import, and "
             "name what makes it, model='package.module:callable'"
         )
-    for options in ({}, {"img_size": side}) if ":" not in name else ({},):
+    tries: list[dict[str, Any]] = [{}, {"img_size": image_size[-1]}] if ":" not in name else [{}]
+    for options in tries:
         try:
             made = load_model(name, checkpoint=weights, **options)
-            if facts["guessed"] and _image_size(made) != tuple(facts["image_size"]):
-                refusals.append(f"its images are {_image_size(made)} instead of {tuple(facts['image_size'])}")
+            if conversion.inputs_guessed and guess_inputs(made)[1].image_size != image_size:
+                refusals.append(f"its images are {guess_inputs(made)[1].image_size} instead of {image_size}")
             elif not _same(made, idle):
                 refusals.append("with the same weights it computes something else")
             else:
@@ -138,27 +141,22 @@ def _made_again(name: str, weights: Path, idle: IdleModule) -> dict[str, Any]:
 
 def _same(made: nn.Module, idle: IdleModule) -> bool:
     """Whether a model computes what another did before it was converted."""
-    source, _ = idle.meta["idlefx"]["sources"][False]
+    source = conversion_of(idle).evaluation.source
     args, kwargs = example_of(idle)
     image = max((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), key=Tensor.numel)
     dense = fx.GraphModule(idle, deepcopy(source))
     try:
         check_parity(dense, made.to(image.device, image.dtype), "other", (args, kwargs))
-    except PassError:
+    except ParityError:
         return False
     except Exception as error:  # a model raises what it likes
         raise InputError(f"it does not run: {first_line(error)}") from error
     return True
 
 
-def _image_size(model: nn.Module) -> tuple[int, ...]:
-    size: tuple[int, ...] = guess_inputs(model)[1]["image_size"]
-    return size
-
-
-def _script(name: str, making: dict[str, Any], facts: dict[str, Any], options: dict[str, Any]) -> str:
-    selector = facts["call"]["selector"]
-    size = ", ".join(map(str, (EXAMPLE_BATCH, *facts["image_size"])))
+def _script(name: str, making: dict[str, Any], conversion: Conversion, options: dict[str, Any]) -> str:
+    selector = conversion.options.selector
+    size = ", ".join(map(str, (EXAMPLE_BATCH, *conversion.facts.image_size)))
     imports = "" if selector == AUTO else _home_of(find_selector(selector).function)
     return Template(TEMPLATE.read_text()).substitute(
         model=name,
@@ -168,8 +166,8 @@ def _script(name: str, making: dict[str, Any], facts: dict[str, Any], options: d
         model_name=repr(name),
         weights=WEIGHTS,
         img_size="".join(f", {key}={value!r}" for key, value in making.items()),
-        example=None if facts["guessed"] else f"torch.randn({size}, device=world.device)",
-        call=_arguments(facts["call"], convert),
+        example=None if conversion.inputs_guessed else f"torch.randn({size}, device=world.device)",
+        call=_arguments(conversion.options.to_dict(), convert),
         options="".join(f", {each}" for each in [_arguments(options, package)] if each),
     )
 
@@ -194,17 +192,17 @@ def _home_of(score: Callable[..., Any]) -> str:
 def _draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor | None, path: Path) -> bool:
     """The picture, if there is anything to be seen on it."""
     if images is None:
-        if idle.meta["idlefx"]["image_size"][0] not in MODES:
+        if conversion_of(idle).facts.image_size[0] not in MODES:
             return False
         images = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    if not any(step.idles for step in idle.plan):
+    if not any(step.idles for step in conversion_of(idle).plan):
         return False
     draw(idle, images, path)
     return True
 
 
 def _report(idle: IdleModule, name: str, pictured: bool) -> str:
-    parts = [f"# {name}, idling", f"```\n{idle.plan}\n```", f"```\n{report(idle)}\n```"]
+    parts = [f"# {name}, idling", f"```\n{conversion_of(idle).plan}\n```", f"```\n{report(idle)}\n```"]
     if pictured:
         parts.append(f"![Working patches in colour, idle ones faded, block by block]({PICTURE})")
     parts.append(

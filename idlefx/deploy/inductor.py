@@ -10,7 +10,7 @@ from torch import fx
 
 from idlefx.deploy.parity import check_parity
 from idlefx.errors import ArtifactError, InputError, first_line
-from idlefx.runtime.module import IdleModule, check_converted
+from idlefx.runtime.module import IdleModule, conversion_of
 
 
 def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = True, **options: Any) -> Any:
@@ -29,9 +29,9 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
 
     Raises:
         InputError: The model was not converted.
-        PassError: The compiled model does not compute what the eager one does.
+        ParityError: The compiled model does not compute what the eager one does.
     """
-    check_converted(idle)
+    conversion_of(idle)
     compiled = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
     if verify and not idle.training:
         check_parity(idle, compiled, "compiled")

@@ -13,11 +13,12 @@ import torch
 from idlefx.deploy.program import Program
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.records import Block, BlockTable, Plan, Step
+from idlefx.runtime.module import conversion_of
 from idlefx.utils.devices import present
 from idlefx.utils.versions import versions
 
 KEY = "idlefx"  # of the JSON among the metadata of the file
-FORMAT = 1
+FORMAT = 2
 CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # as torch names them; each has what those before it have
 
 
@@ -27,12 +28,12 @@ def manifest_of(portable: Program) -> dict[str, Any]:
     Returns:
         `inputs` and `outputs`, each with name, shape and dtype, the free batch being called "batch"; `classes`, the
         names of the classes, and `data`, how images are prepared, or None where they are not known; `batch`, fewest
-        and most images; `image_size`, `device`, `dtype`, `machine`, `plan`, `versions`; `arguments` and `result`
-        as `idlefx.structures` describes them.
+        and most images; `image_size`, `device`, `dtype`, `machine`, `versions`; `options`, what was asked for, and
+        `plan`, what came of it; `arguments` and `result` as `idlefx.deploy.io_schema` describes them.
     """
-    facts = portable.idle.meta["idlefx"]
+    conversion = conversion_of(portable.idle)
     images = max(portable.tensors, key=torch.numel)
-    classes = facts.get("classes")
+    classes = conversion.facts.classes
     if not any(shape[1:] == [len(classes or ())] for shape in portable.output_shapes):
         classes = None  # the head is not the one that they belong to
     inputs = zip(portable.input_names, portable.input_shapes, portable.tensors, strict=True)
@@ -45,13 +46,14 @@ def manifest_of(portable: Program) -> dict[str, Any]:
         "machine": _machine(images.device),
         "batch": list(portable.batch),
         "image_size": list(images.shape[1:]),
-        "data": json.loads(json.dumps(facts.get("data"), default=str)),
+        "data": json.loads(json.dumps(conversion.facts.data, default=str)),
         "classes": classes,
         "inputs": [{"name": n, "shape": s, "dtype": name_of(t.dtype)} for n, s, t in inputs],
         "outputs": [{"name": n, "shape": s, "dtype": name_of(t.dtype)} for n, s, t in outputs],
         "arguments": portable.arguments,
         "result": portable.result,
-        "plan": facts_of_plan(facts["plan"]),
+        "options": conversion.options.to_dict(),
+        "plan": facts_of_plan(conversion.plan),
     }
 
 
@@ -76,7 +78,7 @@ def plan_of(facts: Mapping[str, Any]) -> Plan:
     """The plan that `facts_of_plan` told."""
     blocks = tuple(Block(**_with_tuples(block)) for block in facts["blocks"]["blocks"])
     table = BlockTable(blocks, facts["blocks"]["macs"])
-    return Plan(tuple(Step(**step) for step in facts["steps"]), table, facts["reselect"])
+    return Plan(tuple(Step(**step) for step in facts["steps"]), table, facts["reselect"], facts["multiple_of"])
 
 
 def _with_tuples(facts: Mapping[str, Any]) -> dict[str, Any]:

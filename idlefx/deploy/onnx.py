@@ -69,7 +69,7 @@ def verify_onnx(portable: Program, path: Path) -> None:
 
     Raises:
         ArtifactError: onnxruntime does not run it.
-        PassError: It computes something else.
+        ParityError: It computes something else.
     """
     import onnxruntime
 

@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from idlefx.errors import InputError, PassError
+from idlefx.errors import InputError, ParityError
 from idlefx.graph.queries import placeholders
 from idlefx.graph.sizes import number
 
@@ -63,7 +63,7 @@ def check_parity(idle: fx.GraphModule, other: Callable[..., Any], what: str, inp
         The largest relative difference of any output.
 
     Raises:
-        PassError: It is beyond the tolerance of the number type.
+        ParityError: It is beyond the tolerance of the number type.
     """
     args, kwargs = example_of(idle) if inputs is None else inputs
     with torch.no_grad():
@@ -74,7 +74,7 @@ def check_parity(idle: fx.GraphModule, other: Callable[..., Any], what: str, inp
             error = _relative(a, b)
             largest = max(largest, error)
             if not error <= TOLERANCE[a.dtype]:
-                raise PassError(
+                raise ParityError(
                     f"parity: the {what} model differs from the eager one by {error:.2g} on its example, where "
                     f"{TOLERANCE[a.dtype]:g} is usual in {str(a.dtype).removeprefix('torch.')}; verify=False takes it "
                     "as it is, but this is a fault: please report it with the model"

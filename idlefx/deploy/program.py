@@ -16,7 +16,7 @@ from idlefx.deploy.parity import Inputs, example_of
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.graph.queries import output_of, placeholders, value
 from idlefx.graph.sizes import formula
-from idlefx.runtime.module import IdleModule, check_converted
+from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.utils.devices import present
 
 BatchRange = tuple[int, int]
@@ -100,9 +100,9 @@ def make_program(
         InputError: The batch is no range, or inputs or outputs are not plain.
         ArtifactError: The model, traced elsewhere, does not run on that device or in that type.
     """
-    check_converted(idle)
+    conversion = conversion_of(idle)
     moved = _moved(idle, device, dtype)
-    fewest, most = batch = _range(batch) if idle.meta["idlefx"]["batch_free"] else _only(moved)
+    fewest, most = batch = _range(batch) if conversion.batch_free else _only(moved)
     example = example_of(moved, max(fewest, min(2, most)))
     module, arguments, result = _flat(moved, example)
     tensors = tuple(leaf for leaf in tree_leaves(example) if isinstance(leaf, torch.Tensor))

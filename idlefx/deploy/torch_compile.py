@@ -5,10 +5,8 @@ does. Torch finds the backend through its entry point; `register` is for checkou
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 import torch
@@ -20,22 +18,10 @@ from idlefx.capture.dynamo_graph import autocast_line, free_sizes, has_one_image
 from idlefx.capture.graph_breaks import Part, forget, part_of
 from idlefx.deploy.inductor import compile_graph
 from idlefx.errors import CaptureError, IdleFxError, InputError, PlanError
+from idlefx.options import PlanOptions
 from idlefx.pipeline import rewrite, spell
 from idlefx.planning.schedule import make_plan
 from idlefx.records import BlockTable, Plan
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `options` may hold, as `convert` takes it."""
-
-    layers: Sequence[int]
-    keep: float | Sequence[float]
-    schedule: str = "stages"
-    selector: str = "auto"
-    reselect: bool = True
-    multiple_of: int = 1
-    prefix: int | Sequence[int] | None = None
 
 
 def compile_idle(
@@ -51,8 +37,7 @@ def compile_idle(
     Args:
         given: The graph that Dynamo found.
         inputs: What it is called with.
-        options: `layers`, `keep`, `schedule`, `selector`, `reselect`, `multiple_of` and `prefix`, as `convert` takes
-            them.
+        options: Those of a plan, as `convert` takes them: what `PlanOptions.to_dict` gives.
         mode: Inductor's; not taken beside options.
         **others: What else torch.compile was given for a backend; nothing of it is known here.
 
@@ -74,38 +59,24 @@ compile_idle.reset = forget  # type: ignore[attr-defined]
 
 
 def register() -> None:
-    """Make the backend known to torch where no installed package does."""
-    if "idlefx" not in entry_points(group="torch_dynamo_backends").names:
-        import torch._dynamo
+    """Make the backend known to torch, where no installed package does."""
+    import torch._dynamo
 
-        torch._dynamo.register_backend(compile_idle, name="idlefx")
+    torch._dynamo.register_backend(compile_idle, name="idlefx")
 
 
 def _refuse(refusal: IdleFxError, *_: Any) -> NoReturn:
     raise type(refusal)(*refusal.args)
 
 
-def _read(options: Mapping[str, Any] | None) -> Options:
-    known = [each.name for each in fields(Options)]
-    example = 'options={"layers": [3, 6, 9], "keep": 0.7}'
+def _read(options: Mapping[str, Any] | None) -> PlanOptions:
     if not isinstance(options, Mapping):
+        example = 'options={"layers": [3, 6, 9], "keep": 0.7}'
         raise InputError(f"backend: torch.compile(model, backend='idlefx') needs {example}; got {options!r}")
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise InputError(f"backend: unknown options {unknown}; known are {', '.join(known)}")
-    missing = [name for name in ("layers", "keep") if name not in options]
-    if missing:
-        raise InputError(f"backend: options lack {' and '.join(missing)}; give for example {example}")
-    read = Options(**options)
-    whole = list(read.prefix) if isinstance(read.prefix, (list, tuple, range)) else [read.prefix or 0]
-    if any(isinstance(position, bool) or not isinstance(position, int) for position in whole):
-        raise InputError(f"backend: prefix={read.prefix!r} is neither a number of leading tokens nor their positions")
-    if not isinstance(read.reselect, bool):
-        raise InputError(f"backend: reselect={read.reselect!r} is neither True nor False")
-    return read
+    return PlanOptions.from_dict(options)
 
 
-def _with_idling(given: fx.GraphModule, inputs: list[Any], options: Options) -> fx.GraphModule:
+def _with_idling(given: fx.GraphModule, inputs: list[Any], options: PlanOptions) -> fx.GraphModule:
     part = part_of(given, inputs)
     original = lower(given)
     spelled = spell(original)
@@ -122,7 +93,7 @@ def _with_idling(given: fx.GraphModule, inputs: list[Any], options: Options) -> 
         spelled = spell(original)
     blocks = find_blocks(spelled, options.prefix)
     try:
-        plan = _plan(blocks, options) if part is None else _plan_for(part, blocks, options)
+        plan = make_plan(blocks, options) if part is None else _plan_for(part, blocks, options)
     except PlanError as refusal:
         if has_one_image(given) and not all(block.can_idle for block in blocks):
             raise PlanError(
@@ -134,17 +105,12 @@ def _with_idling(given: fx.GraphModule, inputs: list[Any], options: Options) -> 
     return given if rewritten is original else lift(rewritten, given)
 
 
-def _plan(blocks: BlockTable, options: Options) -> Plan:
-    o = options
-    return make_plan(blocks, o.layers, o.keep, o.schedule, o.selector, o.reselect, o.multiple_of)
-
-
-def _plan_for(part: Part, blocks: BlockTable, options: Options) -> Plan:
+def _plan_for(part: Part, blocks: BlockTable, options: PlanOptions) -> Plan:
     named = [block.path for block in blocks if block.path]
     count = f"{len(blocks)} block" + "s" * (len(blocks) > 1)
     part.claim(count + (f" ({named[0]} to {named[-1]})" if named else ""))
     try:
-        plan = _plan(blocks, options)
+        plan = make_plan(blocks, options)
     except PlanError as refusal:
         raise PlanError(f"{refusal}\n{part.excuse()}") from refusal
     warnings.warn(part.excuse(), stacklevel=2)

@@ -5,14 +5,38 @@ from typing import Any
 
 from torch import fx
 
-from idlefx.graph.queries import example_value
+from idlefx.graph import inference
+from idlefx.graph.notes import KEY, Note
+
+_OWN = ("val", "tensor_meta", "inferred", KEY)  # what the origin of a node does not tell of it
 
 
 def add_call(
-    graph: fx.Graph, target: Callable[..., Any], *args: Any, name: str, like: fx.Node, **kwargs: Any
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    *args: Any,
+    name: str,
+    like: fx.Node,
+    note: Note | None = None,
+    **kwargs: Any,
 ) -> fx.Node:
-    """Insert a call at the graph's insertion point, its value inferred and its origin taken from `like`."""
+    """Insert a call at the graph's insertion point.
+
+    Args:
+        graph: The graph.
+        target: What is called.
+        *args: Its arguments.
+        name: What the node is called, for people; a number is added where the name is taken.
+        like: The node whose line and module the new one is said to come from.
+        note: What later passes are to know of it.
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        The node, its value inferred.
+    """
     node = graph.create_node("call_function", target, args, kwargs, name=name)
-    node.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "idlefx")}
-    node.meta["val"] = example_value(node)
+    node.meta = {key: fact for key, fact in like.meta.items() if key not in _OWN}
+    if note is not None:
+        node.meta[KEY] = note
+    inference.record(node)
     return node

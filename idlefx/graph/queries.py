@@ -5,15 +5,11 @@ sizes are left out, so that a dominator is a place that all image information pa
 """
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from typing import Any, TypeAlias
 
 import networkx as nx
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 SINK = "sink"
 
@@ -26,16 +22,6 @@ def value(node: fx.Node) -> torch.Tensor | None:
     """The example tensor that the trace recorded for a node, if it carries one."""
     val = node.meta.get("val")
     return val if isinstance(val, torch.Tensor) else None
-
-
-def example_value(node: Call) -> Any:
-    """What a call gives for the recorded values of its inputs, nothing being computed."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    leaves = chain(tree_leaves((args, kwargs)), (n.meta.get("val") for n in node.graph.nodes))
-    mode = next(mode for leaf in leaves if (mode := getattr(leaf, "fake_mode", None)) is not None)
-    # The Python dispatcher keeps the batch symbolic where some C++ kernels would ask for its value.
-    with mode, torch.no_grad(), enable_python_dispatcher():
-        return node.target(*args, **kwargs)
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -29,3 +29,17 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
             module.add_module(part, nn.Module())
         module = getattr(module, part)
     return module, leaf
+
+
+def list_numbered(module: nn.Module) -> None:
+    """Let the containers whose parts are numbered be lists again, which can be indexed and counted.
+
+    A graph module holds the parameters of `blocks.0.norm1` in bare modules, whatever the model had there.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            parts = dict(child.named_children())
+            numbers = [str(place) for place in range(len(parts))]
+            holds_parts_only = type(child) is nn.Module and not child._parameters and not child._buffers
+            if numbers and holds_parts_only and parts.keys() == set(numbers):
+                setattr(parent, name, nn.ModuleList(parts[number] for number in numbers).train(child.training))

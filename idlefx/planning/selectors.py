@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from idlefx.errors import PlanError
+from idlefx.options import AUTO
 
 EVIDENCE = {
     "x": "the block's input (B, N, C)",
@@ -21,7 +22,6 @@ EVIDENCE = {
     "prefix": "positions of the prefix tokens, a tuple",
     "block": "index of the block",
 }
-AUTO = "auto"
 LOGITS = ("class", "mean")
 
 

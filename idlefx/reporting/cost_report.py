@@ -8,9 +8,10 @@ from tabulate import tabulate
 from torch import fx
 
 from idlefx.analysis.macs import count_macs
+from idlefx.graph.notes import made_for, only_made_for
 from idlefx.records import written
 from idlefx.reporting.latency import BlockTimes, read_times, times_for
-from idlefx.runtime.module import IdleModule
+from idlefx.runtime.module import IdleModule, conversion_of
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,16 @@ def report(idle: IdleModule, times: str | Path | Sequence[BlockTimes] | None = N
         InputError: The table cannot be read, or is for blocks of another size.
     """
     tables = read_times(times) if isinstance(times, (str, Path)) else times
-    steps = {step.block: step for step in idle.plan}
-    graph = idle.meta["idlefx"]["graphs"][False]
+    conversion = conversion_of(idle)
+    steps = {step.block: step for step in conversion.plan}
+    graph = conversion.evaluation.graph
     rows, machine = [], ""
-    for block in idle.blocks:
+    for block in conversion.blocks:
         step = steps.get(block.index)
         macs, choosing = block.macs, 0
         if step is not None and step.idles:
-            nodes = [node for node in graph.nodes if node.name.startswith(f"idle_{block.index}_")]
-            macs, choosing = count_macs(nodes), count_macs(_head(nodes, block.index))
+            nodes = made_for(graph, block.index)
+            macs, choosing = count_macs(nodes), count_macs(_head(nodes, only_made_for(graph, block.index, "index")))
         kept = step.kept if step is not None else block.image_tokens
         before = after = None
         if tables is not None and block.tokens:
@@ -138,15 +140,15 @@ def report(idle: IdleModule, times: str | Path | Sequence[BlockTimes] | None = N
                 block.parameters, before, after,
             )
         )  # fmt: skip
-    dense = idle.blocks.macs / 1e9
+    dense = conversion.blocks.macs / 1e9
     total = dense + sum(row.idle_gmacs - row.dense_gmacs for row in rows)
     parameters = sum(parameter.numel() for parameter in idle.parameters())
-    return Report(tuple(rows), dense, total, parameters, idle.meta["idlefx"].get("batch_free", True), machine)
+    return Report(tuple(rows), dense, total, parameters, conversion.batch_free, machine)
 
 
-def _head(nodes: list[fx.Node], block: int) -> list[fx.Node]:
+def _head(nodes: list[fx.Node], index: fx.Node) -> list[fx.Node]:
     """The nodes that the choice of tokens depends on."""
-    needed = {node for node in nodes if node.name == f"idle_{block}_index"}
+    needed = {index}
     for node in reversed(nodes):
         if node in needed:
             needed.update(node.all_input_nodes)

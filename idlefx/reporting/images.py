@@ -13,6 +13,7 @@ from torch import Tensor
 
 from idlefx.capture.inputs import IMAGENET, MODES
 from idlefx.errors import InputError
+from idlefx.records import ModelFacts
 
 Photo = str | Path | Image.Image
 Pixels = NDArray[np.float32]
@@ -32,22 +33,18 @@ class ReadImage(NamedTuple):
     batch: Tensor
 
 
-def read_images(images: Photo | Sequence[Photo] | Tensor, facts: Mapping[str, Any]) -> Iterator[ReadImage]:
+def read_images(images: Photo | Sequence[Photo] | Tensor, facts: ModelFacts) -> Iterator[ReadImage]:
     """Read, crop and normalise images one by one.
 
     Args:
         images: Files, PIL images, or a tensor (B, C, H, W) of the model's size: `uint8` holds pixels,
             floating point what the model takes, normalised already.
-        facts: `image_size` (C, H, W) and, where known, `data`: mean, std, crop_pct, crop_mode, interpolation.
-            Without `data`, ImageNet's.
+        facts: Of the model; of `data` mean, std, crop_pct, crop_mode and interpolation, or else ImageNet's.
 
     Raises:
         InputError: An image cannot be read or does not fit the model.
     """
-    data = {**IMAGENET, **facts.get("data", {})}
-    size = facts.get("image_size") or data.get("input_size")
-    if size is None:
-        raise InputError("images: the model's image size is unknown; convert it with an image as example")
+    data, size = {**IMAGENET, **(facts.data or {})}, facts.image_size
     channels = size[0]
     mean, std = (_per_channel(data[key], channels) for key in ("mean", "std"))
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from idlefx.errors import InputError
 from idlefx.reporting.images import Photo, Pixels, read_images
-from idlefx.runtime.module import IdleModule, selections
+from idlefx.runtime.module import IdleModule, conversion_of, selections
 from idlefx.utils.files import whole_file
 
 Grid = NDArray[np.bool_]
@@ -63,10 +63,10 @@ def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str |
     form = target.suffix.lower().removeprefix(".")
     if form not in FORMATS:
         raise InputError(f"draw: cannot tell the format of {target}; let its name end in .{', .'.join(FORMATS)}")
-    if not any(step.idles for step in idle.plan):
+    if not any(step.idles for step in conversion_of(idle).plan):
         raise InputError("draw: no token of this model idles; convert it with a keep ratio below 1")
     with whole_file(target) as partial:
-        samples = read_images(images, idle.meta.get("idlefx", {}))
+        samples = read_images(images, conversion_of(idle).facts)
         bar = tqdm(samples, desc="draw", unit="image", delay=2, leave=False)
         rows = [TokenMap(pixels, _works(idle, batch)) for pixels, batch in bar]
         if not rows:
@@ -79,7 +79,7 @@ def _works(idle: IdleModule, batch: Tensor) -> dict[int, Grid]:
     weight = next((p for p in idle.parameters() if p.is_floating_point()), batch)
     works: dict[int, Grid] = {}
     for index, positions in sorted(selections(idle, batch.to(weight.device, weight.dtype)).items()):
-        block = idle.blocks[index]
+        block = conversion_of(idle).blocks[index]
         chosen = torch.isin(torch.tensor(block.image_positions), positions[0].cpu())
         works[index] = chosen.reshape(_grid(block.image_tokens, *batch.shape[-2:])).numpy()
     return works

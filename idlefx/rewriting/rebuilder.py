@@ -1,7 +1,8 @@
 """Copy part of a graph so that it works on some of the tokens only."""
 
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from idlefx.analysis.layouts import Dim, Runs
 from idlefx.analysis.subset import Subset
 from idlefx.analysis.walk import Cut, Read, Resize, Walk
 from idlefx.graph.build import add_call
+from idlefx.graph.notes import Made
 from idlefx.graph.queries import carries_tensors
 from idlefx.runtime import gather_scatter
 
@@ -29,6 +31,7 @@ class Rebuilder:
         subset: The tokens that are there; None for all of them.
         mapping: What stands for a node of the region; holds the region's entry from the start.
         prefix: What the copies' names begin with.
+        note: What the copies are made for.
     """
 
     graph: fx.Graph
@@ -36,6 +39,7 @@ class Rebuilder:
     subset: Subset | None
     mapping: dict[fx.Node, fx.Node]
     prefix: str
+    note: Made
     _reads: dict[Any, fx.Node] = field(default_factory=dict)
 
     def __call__(self, node: fx.Node) -> fx.Node:
@@ -43,9 +47,13 @@ class Rebuilder:
         for needed in self._needed(node):
             args, kwargs = self._edited(needed)
             target: Any = needed.target
+            note = replace(self.note, stands_for=needed.name)
             name = self.prefix + needed.name
-            self.mapping[needed] = add_call(self.graph, target, *args, name=name, like=needed, **kwargs)
+            self.mapping[needed] = add_call(self.graph, target, *args, name=name, like=needed, note=note, **kwargs)
         return self.mapping.get(node, node)
+
+    def _add(self, target: Callable[..., Any], *args: Any, name: str, like: fx.Node) -> fx.Node:
+        return add_call(self.graph, target, *args, name=self.prefix + name, like=like, note=self.note)
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
         """What must be copied before `node`, and itself, in order; a stack, as blocks are deeper than Python likes."""
@@ -92,24 +100,21 @@ class Rebuilder:
                 count *= factor.size
         if not isinstance(before, fx.Node):
             return count
-        batch = add_call(self.graph, aten.sym_size.int, self.subset.index, 0, name=f"{self.prefix}batch", like=node)
-        return add_call(self.graph, operator.mul, batch, count, name=f"{self.prefix}size", like=node)
+        batch = self._add(aten.sym_size.int, self.subset.index, 0, name="batch", like=node)
+        return self._add(operator.mul, batch, count, name="size", like=node)
 
     def _read(self, node: fx.Node, edit: Read) -> fx.Node:
         key = (edit.operand, edit.dims, edit.rank, edit.batch_dim)
         if key not in self._reads:
             table = edit.operand
             for _ in range(edit.rank - len(table.meta["val"].shape)):
-                table = add_call(self.graph, aten.unsqueeze.default, table, 0, name=f"{self.prefix}table", like=node)
+                table = self._add(aten.unsqueeze.default, table, 0, name="table", like=node)
             for dim, runs in edit.dims:
                 index = self._index(node, runs)
                 if edit.copies > 1:
-                    name = f"{self.prefix}copies"
-                    index = add_call(
-                        self.graph, aten.repeat_interleave.self_int, index, edit.copies, 0, name=name, like=node
-                    )
+                    index = self._add(aten.repeat_interleave.self_int, index, edit.copies, 0, name="copies", like=node)
                 where = (table, index, dim, edit.batch_dim)
-                table = add_call(self.graph, gather_scatter.take_tokens, *where, name=f"{self.prefix}read", like=node)
+                table = self._add(gather_scatter.take_tokens, *where, name="read", like=node)
             self._reads[key] = table
         return self._reads[key]
 
@@ -124,15 +129,11 @@ class Rebuilder:
             last = first + subset.count(node, ((start, stop),))
             part = subset.index
             if (first, last) != (0, total):
-                part = add_call(
-                    self.graph, aten.slice.Tensor, part, 1, first, last, name=f"{self.prefix}part", like=node
-                )
+                part = self._add(aten.slice.Tensor, part, 1, first, last, name="part", like=node)
             if offset != start:
-                part = add_call(
-                    self.graph, aten.add.Tensor, part, offset - start, name=f"{self.prefix}place", like=node
-                )
+                part = self._add(aten.add.Tensor, part, offset - start, name="place", like=node)
             parts.append(part)
             offset += stop - start
         if len(parts) == 1:
             return parts[0]
-        return add_call(self.graph, aten.cat.default, parts, 1, name=f"{self.prefix}places", like=node)
+        return self._add(aten.cat.default, parts, 1, name="places", like=node)

@@ -4,9 +4,11 @@
    product of each token with `W_kᵀ q / H`, up to a constant: neither keys nor values of all tokens are computed.
 2. Elsewhere the evidence that the score asks for is computed on all tokens, and no more than that: keys without
    values, and the class query from the class token alone.
-3. What is computed on all tokens bears the name of what it stands for, so that a later pass need not compute it again.
+3. What is computed on all tokens bears a note of what it stands for, so that a later pass need not compute it again.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +23,8 @@ from idlefx.analysis.projections import Projection, projection
 from idlefx.analysis.subset import Subset
 from idlefx.errors import PlanError
 from idlefx.graph.build import add_call
-from idlefx.graph.queries import by_name, region
+from idlefx.graph.notes import Made, Role, made_for, note_of
+from idlefx.graph.queries import region
 from idlefx.graph.sizes import number
 from idlefx.planning.selectors import find_selector
 from idlefx.records import Block, Step
@@ -37,9 +40,18 @@ class Head:
     def __init__(self, graph: fx.Graph, block: Block, opened: Opened) -> None:
         self.graph, self.block, self.opened, self.walk = graph, block, opened, opened.walk
         self.name = f"idle_{block.index}_"
-        there, prefix = by_name(graph), f"{self.name}score_"
-        known = {node: there[prefix + node.name] for node in self.walk.layouts if prefix + node.name in there}
-        self.all_tokens = Rebuilder(graph, self.walk, None, {opened.entry: opened.entry, **known}, prefix)
+        note = Made(block.index, "score")
+        copies = {note.stands_for: node for node, note in self._copies()}
+        known = {node: copies[node.name] for node in self.walk.layouts if node.name in copies}
+        mapping = {opened.entry: opened.entry, **known}
+        self.all_tokens = Rebuilder(graph, self.walk, None, mapping, f"{self.name}score_", note)
+
+    def _copies(self) -> Iterator[tuple[fx.Node, Made]]:
+        """What an earlier head of this block has computed of all tokens, which need not be computed again."""
+        for node in made_for(self.graph, self.block.index, "score"):
+            note = note_of(node)
+            if isinstance(note, Made) and note.stands_for:
+                yield node, note
 
     def build(self, step: Step) -> fx.Node:
         """The scores (B, N) of a step."""
@@ -62,9 +74,10 @@ class Head:
             )
         return scores
 
-    def add(self, target: Any, *args: Any, name: str, **kwargs: Any) -> fx.Node:
-        """Insert a call under a name of this block."""
-        return add_call(self.graph, target, *args, name=self.name + name, like=self.opened.exit, **kwargs)
+    def add(self, target: Any, *args: Any, name: str, role: Role = "score", **kwargs: Any) -> fx.Node:
+        """Insert a call for this block."""
+        note = Made(self.block.index, role)
+        return add_call(self.graph, target, *args, name=self.name + name, like=self.opened.exit, note=note, **kwargs)
 
     def _evidence(self, name: str, selector: str) -> Any:
         if name == "x":
@@ -94,10 +107,12 @@ class Head:
         """Copies nodes of the block onto the class token alone."""
         position, entry, dim = self.block.class_token, self.opened.entry, self.block.token_dim
         assert position is not None
-        token = self.add(aten.slice.Tensor, entry, dim, position, position + 1, name="class_token")
-        index = self.add(ops.fixed_tokens, entry, (position,), self.block.batch_dim, name="class_index")
+        role: Role = "class token"
+        token = self.add(aten.slice.Tensor, entry, dim, position, position + 1, name="class_token", role=role)
+        index = self.add(ops.fixed_tokens, entry, (position,), self.block.batch_dim, name="class_index", role=role)
         alone = Subset(index, (position,), (), 0)
-        return Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_")
+        note = Made(self.block.index, role)
+        return Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_", note)
 
     def _is_nested(self) -> bool:
         """Whether an attention stands in front of another's query, which then needs all tokens and not its own."""
@@ -145,8 +160,8 @@ class Head:
         for dim in layout:
             order.append(roles.index(dim[0].role) if dim[0].role else next_feature)
             next_feature += not dim[0].role
-        name = rebuild.prefix + view.name
-        return add_call(self.graph, aten.permute.default, out, order, name=name, like=self.opened.exit)
+        name, note = rebuild.prefix + view.name, replace(rebuild.note, stands_for=view.name)
+        return add_call(self.graph, aten.permute.default, out, order, name=name, like=self.opened.exit, note=note)
 
     def weights(self, rows: Projection) -> tuple[fx.Node, Any, Any]:
         """The input of a projection, its weight (width, C) and its bias, if any."""
@@ -180,7 +195,7 @@ class Head:
             query, key = self.projections(core)
             given, weight, bias = self.weights(query)
             one = self._one_token(given, self._token_dim(query), selector)
-            one = self.add(aten.linear.default, one, weight, bias, name="query")
+            one = self.add(aten.linear.default, one, weight, bias, name="query", role="query")
             _, weight, _ = self.weights(key)
             direction = self.add(aten.matmul.default, one, weight, name="direction")
             sums.append(self.add(ops.score_tokens, self.tokens(key), direction, name="sums"))

@@ -1,8 +1,6 @@
 """The result of a conversion: a graph module that stays what its model was to its users."""
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +10,10 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import tree_leaves
 
 from idlefx.errors import InputError
-from idlefx.graph.queries import by_name
-from idlefx.graph.state import adopt, owner_of
+from idlefx.graph.notes import KEY, only_made_for
+from idlefx.graph.state import adopt, list_numbered, owner_of
 from idlefx.records import BlockTable, Plan
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a model does in one mode.
-
-    Attributes:
-        root: Holds the tensors that the graphs read.
-        source: The graph as it was captured.
-        plan: The plan, whose blocks are nodes of that graph.
-        graph: The graph as it was rewritten.
-    """
-
-    root: nn.Module
-    source: fx.Graph
-    plan: Plan
-    graph: fx.Graph
+from idlefx.runtime.conversion import Conversion
 
 
 class IdleModule(fx.GraphModule):
@@ -40,46 +22,48 @@ class IdleModule(fx.GraphModule):
     Signature, output structure, and the names of parameters and buffers are the original's, so checkpoints load
     both ways. Where train mode runs other operations than eval mode, `.train()` and `.eval()` swap the graph.
 
+    What the model itself calls `plan`, `blocks` or `conversion` keeps its name; `idle.plan.blocks` is the table of
+    blocks whatever the model calls its own.
+
     Attributes:
+        conversion: What was asked for, and what became of it.
         plan: Which block keeps how many image tokens.
-        blocks: The table of the model's blocks.
+        blocks: The model's own `blocks`, if it has something of that name; else the table, as `plan.blocks`.
     """
 
     plan: Plan
     blocks: BlockTable
+    conversion: Conversion
 
-    def __init__(self, evaluation: Form, training: Form, facts: dict[str, Any]) -> None:
-        super().__init__(evaluation.root, evaluation.graph, "IdleModule")
-        forms, plan = {False: evaluation, True: training}, evaluation.plan
-        graphs = {graph: form.root for form in forms.values() for graph in (form.graph, form.source)}
-        for graph, root in graphs.items():
-            _add_constants(self, root, graph)
-        adopt(self, evaluation.root)
-        self.meta["idlefx"] = {
-            **facts,
-            "plan": plan,
-            "graphs": {mode: form.graph for mode, form in forms.items()},
-            "sources": {mode: (form.source, form.plan) for mode, form in forms.items()},
-        }
-        for name, records in (("plan", plan), ("blocks", plan.blocks)):
-            own = self._modules.get(name)
-            if own is not None:  # most models call their blocks so: one attribute serves both
-                own.__class__ = _Listing
-                own.records = records  # type: ignore[assignment]
+    def __init__(self, conversion: Conversion, eval_root: nn.Module, train_root: nn.Module) -> None:
+        """Make a module.
+
+        Args:
+            conversion: What it does in each mode.
+            eval_root: Holds the tensors that the graphs of eval mode read.
+            train_root: Holds those of train mode.
+        """
+        super().__init__(eval_root, conversion.evaluation.graph, "IdleModule")
+        for form, root in ((conversion.evaluation, eval_root), (conversion.training, train_root)):
+            for graph in (form.graph, form.source):
+                _add_constants(self, root, graph)
+        adopt(self, eval_root)
+        list_numbered(self)
+        self.meta[KEY] = conversion
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            facts = self.__dict__.get("meta", {}).get("idlefx")
-            if facts is None or name not in ("plan", "blocks"):
+            conversion = self.__dict__.get("meta", {}).get(KEY)
+            if conversion is None or name not in ("conversion", "plan", "blocks"):
                 raise
-            return facts["plan"] if name == "plan" else facts["plan"].blocks
+            return conversion if name == "conversion" else getattr(conversion, name)
 
     def train(self, mode: bool = True) -> "IdleModule":
         """Set train or eval mode, and the graph that belongs to it."""
         super().train(mode)
-        graph = self.meta["idlefx"]["graphs"][mode]
+        graph = conversion_of(self).form(mode).graph
         if self.graph is not graph:
             self.graph = graph
         return self
@@ -90,43 +74,20 @@ class IdleModule(fx.GraphModule):
         for name, tensor in tensors:  # those that the graph of the present mode does not read
             _place(copied, name, deepcopy(tensor, memo))
         adopt(copied, self)
+        list_numbered(copied)
         return copied
 
 
-def check_converted(model: object) -> None:
-    """Tell a converted model from any other.
+def conversion_of(model: object) -> Conversion:
+    """What a converted model remembers, whatever names of its own it has.
 
     Raises:
         InputError: It was not converted.
     """
-    if not isinstance(model, IdleModule):
+    conversion = model.meta.get(KEY) if isinstance(model, IdleModule) else None
+    if not isinstance(conversion, Conversion):
         raise InputError(f"model: a {type(model).__name__} was not converted; give what idlefx.convert returns")
-
-
-class _Listing(nn.Module):
-    """The model's own submodule, which also lists the records that its name promises on an `IdleModule`."""
-
-    records: Plan | BlockTable
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.records[index]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.records)
-
-    def __str__(self) -> str:
-        return str(self.records)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "records":
-                raise
-            return getattr(self.records, name)
+    return conversion
 
 
 def _add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
@@ -162,7 +123,7 @@ def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.T
     Returns:
         By block index, the positions (B, P + K) of prefix and kept image tokens, ascending.
     """
-    wanted = {s.block: by_name(idle.graph)[f"idle_{s.block}_index"] for s in idle.plan if s.idles}
+    wanted = {s.block: only_made_for(idle.graph, s.block, "index") for s in conversion_of(idle).plan if s.idles}
     recorder = _Recorder(idle, set(wanted.values()))
     flat = _flat_inputs(idle.graph, args, kwargs)
     with torch.no_grad():

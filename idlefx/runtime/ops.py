@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from operator import add, or_
+from subprocess import CalledProcessError
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from idlefx.errors import first_line
 
 try:
     from idlefx.runtime import triton_ops
-except Exception:  # no Triton, or a broken one
+except ImportError:  # torch for CPUs comes without Triton
     triton_ops = None  # type: ignore[assignment]
 
 _fusing = triton_ops is not None
+_without_kernels: tuple[int | None, ...] = ()  # devices, by index, for which Triton could not build them
+_BUILD_ERRORS = (ImportError, OSError, RuntimeError, CalledProcessError)
 
 
 @contextmanager
@@ -49,8 +52,8 @@ def choose_tokens(
     if _runs_kernels(scores) and scores.shape[1] <= triton_ops.MOST_TOKENS:
         try:
             return choose_tokens_in_one(scores, prefix, kept, among)
-        except Exception as error:
-            _do_without(error)
+        except _BUILD_ERRORS as error:
+            _do_without(scores.device, error)
     if among is not None:
         scores = _ranks(scores, among)
     # Everything is a sort, a scan or pointwise over whole rows, so that a compiler makes one kernel of it.
@@ -105,8 +108,8 @@ def norm_linear(
             try:
                 out: Tensor = torch.ops.idlefx.norm_linear(*given)
                 return out
-            except Exception as error:
-                _do_without(error)
+            except _BUILD_ERRORS as error:
+                _do_without(weight.device, error)
     x = reduce(add, (part.select(dim, position) for part in addends))
     return linear(layer_norm(x, x.shape[-1:], norm_weight, norm_bias, epsilon), weight, bias)
 
@@ -135,17 +138,18 @@ def mean_over_heads(sums: list[Tensor], heads: int) -> Tensor:
 
 def _runs_kernels(x: Tensor) -> bool:
     fits = _fusing and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return fits and torch.cuda.get_device_properties(x.device).major >= 8  # older ones have no bfloat16
+    able = fits and torch.cuda.get_device_properties(x.device).major >= 8  # older ones have no bfloat16
+    return able and x.device.index not in _without_kernels
 
 
-def _do_without(error: Exception) -> None:
-    """Use no kernels from now on where Triton cannot build them, as without a C compiler."""
-    global _fusing
-    if isinstance(error, torch.OutOfMemoryError):
+def _do_without(device: torch.device, error: Exception) -> None:
+    """Use no kernels on this device from now on, as Triton cannot build them; a fault of a kernel itself is raised."""
+    global _without_kernels
+    if isinstance(error, RuntimeError) and "compiler" not in str(error):
         raise error
-    _fusing = False
-    reason = first_line(error)
-    warnings.warn(f"ops: Triton cannot run here, so plain operations do its work, slower: {reason}", stacklevel=3)
+    _without_kernels = (*_without_kernels, device.index)
+    words = f"ops: Triton cannot build kernels for {device}, so plain operations do their work, slower"
+    warnings.warn(f"{words}: {first_line(error)}", stacklevel=3)
 
 
 def _leads(prefix: tuple[int, ...]) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from idlefx.errors import InputError, first_line
-from idlefx.runtime.module import IdleModule
+from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.training.config import Settings
 from idlefx.training.feature_taps import class_count, tap
 from idlefx.utils.files import whole_file
@@ -46,14 +46,15 @@ def plan_of_run(
         facts: What else must be the same when the run is continued.
         options: What may be another then: the options of the shell, where the versions are told too.
     """
-    tapped = tap(idle)
+    tapped, conversion = tap(idle), conversion_of(idle)
     return {
         "plan": {
             **facts,
+            **conversion.options.to_dict(),
             "dense_weights": fingerprint(dense),
-            "image_size": list(idle.meta["idlefx"]["image_size"]),
+            "image_size": list(conversion.facts.image_size),
             "classes": class_count(tapped),
-            "blocks": [asdict(step) for step in idle.plan],
+            "blocks": [asdict(step) for step in conversion.plan],
             **asdict(settings),
         },
         "options": dict(options),

@@ -1,6 +1,5 @@
 """Image data by name, as timm names it, checked before anything is computed."""
 
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,8 @@ from torch.utils.data import Dataset
 from idlefx.capture.inputs import IMAGENET, MODES
 from idlefx.demo.glyphs import Glyphs
 from idlefx.errors import InputError, first_line
-from idlefx.runtime.module import IdleModule
+from idlefx.records import ModelFacts
+from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.training.distributed import World
 from idlefx.training.feature_taps import class_count, tap
 from idlefx.training.loader import ImageLoader
@@ -60,20 +60,20 @@ def open_loaders(
     Raises:
         InputError: There is no such data, no image in it, only one class, or not the classes of the model.
     """
-    facts, classes = idle.meta["idlefx"], class_count(tap(idle))
+    facts, classes = conversion_of(idle).facts, class_count(tap(idle))
     train, val = _open_both(source, facts, batch_size, seed)
     for dataset in (train, val):
         _check_classes(source.name, dataset, classes)
-    mode = MODES.get(facts["image_size"][0], "RGB")
+    mode = MODES.get(facts.image_size[0], "RGB")
     train.transform = partial(_prepare, mode, _transform(source, facts, training=True))
     val.transform = partial(_prepare, mode, _transform(source, facts, training=False))
     options: dict[str, Any] = {"seed": seed, "workers": workers, "world": world, "classes": classes}
     return ImageLoader(train, batch_size, training=True, **options), ImageLoader(val, batch_size, **options)
 
 
-def _open_both(source: Source, facts: Mapping[str, Any], batch_size: int, seed: int) -> tuple[Any, Any]:
+def _open_both(source: Source, facts: ModelFacts, batch_size: int, seed: int) -> tuple[Any, Any]:
     if source.name == GLYPHS:
-        side = facts["image_size"][-1]
+        side = facts.image_size[-1]
         scenes = Glyphs("train", size=GLYPHS_TRAIN, image_size=side, seed=seed)
         return scenes, Glyphs("val", size=GLYPHS_VAL, image_size=side)
     train, val = (_open(source, split, batch_size, seed) for split in (source.train, source.val))
@@ -145,16 +145,17 @@ def _prepare(mode: str, transform: Any, image: Image.Image) -> Any:
     return transform(image)
 
 
-def _transform(source: Source, facts: Mapping[str, Any], training: bool) -> Any:
+def _transform(source: Source, facts: ModelFacts, training: bool) -> Any:
     from timm.data import create_transform
 
-    data = {**IMAGENET, "interpolation": "bicubic", **facts.get("data", {})}
+    data = {**IMAGENET, "interpolation": "bicubic", **(facts.data or {})}
     options: dict[str, Any] = {name: data[name] for name in ("mean", "std", "interpolation")}
     if training and source.augment != "none":
         options |= {"is_training": True, "auto_augment": source.augment, "re_prob": source.erase, "re_mode": "pixel"}
     else:
         options |= {"crop_pct": data["crop_pct"], "crop_mode": data.get("crop_mode")}
     try:
-        return create_transform(tuple(facts["image_size"]), **options)
+        size: Any = facts.image_size
+        return create_transform(size, **options)
     except (AssertionError, ValueError, IndexError) as error:
         raise InputError(f"data: timm knows no augmentation {source.augment!r}: {error}") from error

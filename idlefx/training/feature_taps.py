@@ -12,7 +12,7 @@ from idlefx.analysis.blocks import image_input
 from idlefx.errors import InputError
 from idlefx.graph.queries import Call, by_name, image_data, output_of, placeholders, remove_dead, value
 from idlefx.graph.sizes import shape_of
-from idlefx.runtime.module import IdleModule
+from idlefx.runtime.module import IdleModule, conversion_of
 
 aten = torch.ops.aten
 
@@ -92,9 +92,10 @@ def token_parameters(idle: IdleModule) -> set[str]:
     These are class, distillation and register tokens and positions, however they are named; weights of layers that
     work on the image are not among them.
     """
-    graph = idle.meta["idlefx"]["graphs"][False]
+    conversion = conversion_of(idle)
+    graph = conversion.evaluation.graph
     data, found, seen = image_data(graph), set[str](), set[Call]()
-    stack: list[Call] = [by_name(graph)[idle.blocks[0].entry]]
+    stack: list[Call] = [by_name(graph)[conversion.blocks[0].entry]]
     while stack:
         node = stack.pop()
         if node in seen:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from idlefx.errors import IdleFxError, InputError
+from idlefx.errors import InputError, TrainingError
 from idlefx.runtime.cut_loss import wide
 from idlefx.runtime.module import IdleModule
 from idlefx.training.config import Settings
@@ -21,10 +21,6 @@ from idlefx.training.seeding import seeded
 
 LOSSES = ("loss", "task", "cut", "kd", "feat")
 Batch = tuple[Tensor, Tensor]
-
-
-class TrainingError(IdleFxError):
-    """A run that cannot go on."""
 
 
 class Trainer:

@@ -17,7 +17,7 @@ from idlefx.capture.inputs import guess_inputs
 from idlefx.errors import IdleFxError, InputError
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable
-from idlefx.runtime.module import IdleModule, selections
+from idlefx.runtime.module import IdleModule, conversion_of, selections
 from idlefx.zoo import reference as reference
 from idlefx.zoo.models import Entry, Inputs, entries, images
 
@@ -86,7 +86,7 @@ def _check(entry: Entry, model: nn.Module, row: dict[str, Any]) -> Row:
     keeps = [round(draw.uniform(0.2, 0.9), 2) for _ in layers]
     idle = convert(model, layers, keeps, schedule="blocks", example_inputs=example)
     everything = convert(model, layers, 1.0, schedule="blocks", example_inputs=example)
-    free = idle.meta["idlefx"]["batch_free"]
+    free = conversion_of(idle).batch_free
     batch = inputs_of(entry, model, BATCH if free else EXAMPLE_BATCH, seed=1)
     keep_all = largest_difference(run(model, batch), run(everything, batch), relative=False)
     answer = compare(model, idle, table, batch)

@@ -77,7 +77,7 @@ def check(config: Config, keep: dict[int, float]) -> bool:
         if config.unfit != "none":
             with pytest.raises(idlefx.IdleFxError, match=REASONS[config.unfit]):
                 convert(model, config, {1: 0.5})
-    check_table(idle.blocks, config)
+    check_table(idle.plan.blocks, config)
     with torch.no_grad():
         chosen, actual = selections(idle, *x), idle(*x)
     assert chosen.keys() == expected.selected.keys()

@@ -1,0 +1,71 @@
+"""Values of nodes: shape and type are inferred when a node is made, and again only where what they rest on changed."""
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+_KEY = "inferred"
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """What a recorded value rests on: the call as it stands in the graph, and the values of its inputs."""
+
+    target: Any
+    args: Any
+    kwargs: Any
+    inputs: tuple[Any, ...]
+    value: Any
+
+    def holds(self, node: fx.Node) -> bool:
+        """Whether all of it is still so, and the value therefore right."""
+        now = basis_of(node)
+        same_call = self.target is now.target and self.args == now.args and self.kwargs == now.kwargs
+        before, after = (self.value, *self.inputs), (now.value, *now.inputs)
+        return same_call and len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+
+
+def basis_of(node: fx.Node) -> Basis:
+    """What the value of a node rests on now."""
+    inputs = tuple(i.meta.get("val") for i in node.all_input_nodes)
+    return Basis(node.target, node.args, node.kwargs, inputs, node.meta.get("val"))
+
+
+def infer(node: fx.Node) -> Any:
+    """What a call gives for the recorded values of its inputs, nothing being computed."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    leaves = chain(tree_leaves((args, kwargs)), (n.meta.get("val") for n in node.graph.nodes))
+    mode = next(mode for leaf in leaves if (mode := getattr(leaf, "fake_mode", None)) is not None)
+    target: Any = node.target
+    # The Python dispatcher keeps the batch symbolic where some C++ kernels would ask for its value.
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        return target(*args, **kwargs)
+
+
+def record(node: fx.Node) -> None:
+    """Infer the value of a node, and record it with what it rests on."""
+    node.meta["val"] = infer(node)
+    trust(node)
+
+
+def trust(node: fx.Node) -> None:
+    """Take the recorded value of a node for right, as long as what it rests on stays."""
+    node.meta[_KEY] = basis_of(node)
+
+
+def is_trusted(node: fx.Node) -> bool:
+    """Whether the value of a node was inferred or trusted, and nothing that it rests on has changed since."""
+    basis: Basis | None = node.meta.get(_KEY)
+    return basis is not None and basis.holds(node)
+
+
+def forget(graph: fx.Graph) -> None:
+    """Remove what was recorded beside the values."""
+    for node in graph.nodes:
+        node.meta.pop(_KEY, None)
