@@ -22,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups when it is asked the same
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup`, tests of one model and otherwise those of one file stay together, unless they say so."""
     for item in items:
