@@ -1,7 +1,10 @@
 """The pages: their links lead somewhere, their code runs, their commands parse, and every refusal is explained."""
 
+import argparse
 import ast
 import importlib
+import inspect
+import pkgutil
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -13,14 +16,14 @@ import pytest
 from PIL import Image
 
 import idlefx
-from idlefx import pipeline
+from idlefx import cli, pipeline
 from idlefx.analysis.rules import registry
 from idlefx.planning import selectors
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
-DOORS = {"idlefx": "idlefx.cli.main", "idlefx.finetune": "idlefx.cli.finetune_options"}
+DOORS = ("idlefx", "idlefx.finetune")
 HOLE = "\0"  # stands in a message for what is filled in
 
 
@@ -156,23 +159,30 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-def parser_of(door: str):
-    """The parser of a command, whatever the shell calls the function that makes it."""
-    module = importlib.import_module(DOORS[door])
-    return next(getattr(module, name)() for name in ("make_parser", "parser", "_parser") if hasattr(module, name))
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands, by module: made by whatever functions of the shell take nothing and return one."""
+    made = {}
+    for each in pkgutil.iter_modules(cli.__path__):
+        module = importlib.import_module(f"{cli.__name__}.{each.name}")
+        for function in filter(inspect.isfunction, vars(module).values()):
+            signature = inspect.signature(function, eval_str=True)
+            if signature.return_annotation is argparse.ArgumentParser and not signature.parameters:
+                parser = function()
+                made[parser.prog.removeprefix("python -m ")] = parser
+    return made
 
 
 SHOWN = [(page.name, door, words) for page in PAGES for door, words in commands(page)]
 
 
 def test_there_are_commands():
-    assert {door for _, door, _ in SHOWN} == set(DOORS)
+    assert {door for _, door, _ in SHOWN} == set(DOORS) == set(parsers())
 
 
 @pytest.mark.parametrize(("page", "door", "words"), SHOWN, ids=lambda part: part if isinstance(part, str) else "")
 def test_commands_parse(page, door, words, capsys):
     try:
-        parser_of(door).parse_args(words)
+        parsers()[door].parse_args(words)
     except SystemExit as end:
         assert end.code == 0, f"{page}: {' '.join(words)}\n{capsys.readouterr().err}"
 
