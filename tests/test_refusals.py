@@ -45,6 +45,18 @@ class Private(nn.Module):
         return self.vit(x)
 
 
+class NoResidual(nn.Module):
+    """An encoder whose attention is added to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 8, stride=8)
+        self.attention = timm.layers.Attention(48, num_heads=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(self.patches(x).flatten(2).transpose(1, 2)).mean(1)
+
+
 @idlefx.selector
 def broken_selector(x):
     raise RuntimeError("the selector is broken")
@@ -66,6 +78,11 @@ def test_model_without_attention_is_refused():
     message = refusal(model, example_inputs=torch.randn(2, 3, 64, 64))
     assert says(message, r"no .*(attention|transformer block)", r"attention"), message
     assert fingerprint(model) == before
+
+
+def test_attention_without_a_residual_connection_is_refused():
+    message = refusal(NoResidual().eval(), layers=[0], example_inputs=torch.randn(2, 3, 48, 48))
+    assert says(message, r"^blocks: ", r"no attention .*added back to a residual stream.*nothing can idle"), message
 
 
 def test_model_on_the_meta_device_is_refused():

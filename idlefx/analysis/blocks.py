@@ -1,6 +1,6 @@
 """Find transformer blocks: around each attention core, the region that its residual connections close.
 
-No class, module or attribute name is looked at: `residuals` finds where blocks begin and end, `propagation` follows the
+No class, module or attribute name is looked at: `trunks` finds where blocks begin and end, `propagation` follows the
 tokens through them, `prefix_tokens` tells which tokens are not of the image.
 """
 
@@ -19,8 +19,8 @@ from idlefx.analysis.macs import count_macs
 from idlefx.analysis.prefix_tokens import class_token, prefix_positions, read_by_head
 from idlefx.analysis.projections import projection
 from idlefx.analysis.propagation import follow
-from idlefx.analysis.residuals import Trunk, find_trunks
 from idlefx.analysis.subset import Subset
+from idlefx.analysis.trunks import Trunk, find_trunks
 from idlefx.analysis.walk import Walk
 from idlefx.errors import BlockError, InputError, UnknownOperation
 from idlefx.graph.queries import (
