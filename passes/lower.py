@@ -14,11 +14,10 @@ from torch import fx
 
 from idlefx.graph.build import add_call
 from idlefx.graph.queries import Call, image_data, remove_dead
-from idlefx.graph.sizes import shape_of
 from idlefx.records import Plan
+from idlefx.rewriting.einsum import add_product
 
 aten = torch.ops.aten
-
 
 _CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default)
 
@@ -31,7 +30,7 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     for node in list(graph.nodes):
         with graph.inserting_before(node):
             if node.target is aten.einsum.default:
-                _replace(node, _product(graph, node))
+                _replace(node, add_product(graph, node))
             elif node.target is aten.baddbmm.default:
                 _replace(node, _product_and_sum(graph, node))
             elif node.target in (aten.matmul.default, aten.mm.default, aten.addmm.default):
@@ -48,49 +47,6 @@ def _replace(node: fx.Node, new: fx.Node | None) -> None:
     if new is not None:
         node.replace_all_uses_with(new)
         node.graph.erase_node(node)
-
-
-def _product(graph: fx.Graph, node: Call) -> fx.Node | None:
-    equation, operands = node.args[0].replace(" ", ""), node.args[1]
-    if len(operands) != 2 or ("..." in equation and "->" not in equation):
-        return None
-    inputs, _, output = equation.partition("->")
-    a, b = inputs.split(",")
-    dots = {len(x.meta["val"].shape) - len(s) + 3 for x, s in zip(operands, (a, b), strict=True) if "..." in s}
-    if len(dots) > 1:
-        return None
-    letters = "".join(c for c in "ABCDEFGH" if c not in equation)[: max(dots, default=0)]
-    a, b, output = (part.replace("...", letters) for part in (a, b, output))
-    if "->" not in equation:
-        output = "".join(sorted(c for c in a + b if (a + b).count(c) == 1))
-    if len(set(a)) < len(a) or len(set(b)) < len(b) or any(c not in output for c in set(a) ^ set(b)):
-        return None
-    stack = [c for c in output if c in a and c in b]
-    summed = [c for c in a if c in b and c not in output]
-    left, right = [c for c in a if c not in b], [c for c in b if c not in a]
-    if not (summed and left and right) or (stack and (len(left) > 1 or len(right) > 1)):
-        return None
-
-    def arranged(operand: fx.Node, have: str, want: list[str], merge: list[str]) -> fx.Node:
-        order = [have.index(c) for c in want]
-        if order != sorted(order):
-            operand = add_call(graph, aten.permute.default, operand, order, name="einsum_order", like=node)
-        if len(merge) > 1:
-            first = want.index(merge[0])
-            ends = (first, first + len(merge) - 1)
-            operand = add_call(graph, aten.flatten.using_ints, operand, *ends, name="einsum_merge", like=node)
-        return operand
-
-    widths = [shape_of(operands[1])[b.index(c)] for c in right]
-    first = arranged(operands[0], a, [*stack, *left, *summed], summed)
-    second = arranged(operands[1], b, [*stack, *summed, *right], summed)
-    if len(right) > 1:
-        second = add_call(graph, aten.flatten.using_ints, second, 1, len(right), name="einsum_merge", like=node)
-    found = add_call(graph, aten.matmul.default, first, second, name="einsum_product", like=node)
-    if len(right) > 1:
-        found = add_call(graph, aten.unflatten.int, found, len(left), widths, name="einsum_split", like=node)
-    have = "".join([*stack, *left, *right])
-    return arranged(found, have, list(output), [])
 
 
 def _product_and_sum(graph: fx.Graph, node: Call) -> fx.Node:

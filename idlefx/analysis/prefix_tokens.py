@@ -10,9 +10,9 @@ from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.propagation import follow
 from idlefx.analysis.rules.registry import rule_of
-from idlefx.analysis.walk import Walk, argument
+from idlefx.analysis.walk import Walk
 from idlefx.errors import UnknownOperation
-from idlefx.graph.queries import Call, dominator_chain, region, value
+from idlefx.graph.queries import Call, argument, dominator_chain, region, value
 from idlefx.graph.sizes import FREE_BATCH, plain_shape, shape_of
 
 aten = torch.ops.aten

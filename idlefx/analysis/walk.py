@@ -10,6 +10,7 @@ from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Layout, Runs
 from idlefx.errors import UnknownOperation
 from idlefx.graph.queries import Call, source_line, value
+from idlefx.graph.queries import argument as argument  # for who imports it from here
 from idlefx.graph.sizes import plain_shape
 
 
@@ -82,11 +83,6 @@ def dimension(node: Call, dim: Any, rank: int) -> int:
     if not isinstance(dim, int):
         refuse(node, f"has a dimension {dim} that is no constant")
     return dim % rank
-
-
-def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
-    """An argument of a node, given by position or by keyword."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def sizes_of(node: Call) -> list[int]:

@@ -24,6 +24,18 @@ def value(node: fx.Node) -> torch.Tensor | None:
     return val if isinstance(val, torch.Tensor) else None
 
 
+def argument(node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
+    """An argument of a call, given by position or by keyword; torch types it as a union of everything."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def tensor_argument(node: fx.Node, index: int) -> fx.Node:
+    """An argument of a call that is another node."""
+    operand = node.args[index]
+    assert isinstance(operand, fx.Node), f"argument {index} of {node.format_node()} is no node"
+    return operand
+
+
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """The inputs of a graph."""
     return [node for node in graph.nodes if node.op == "placeholder"]

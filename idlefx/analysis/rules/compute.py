@@ -5,8 +5,8 @@ import torch
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Walk, argument, broadcast, dimension, need_features, read_by_position, refuse, sizes_of
-from idlefx.graph.queries import Call
+from idlefx.analysis.walk import Walk, broadcast, dimension, need_features, read_by_position, refuse, sizes_of
+from idlefx.graph.queries import Call, argument
 
 aten = torch.ops.aten
 
