@@ -6,11 +6,18 @@ import pytest
 import timm
 import torch
 from cases import Case, convert
-from models import build, fingerprint, images
+from models import build, build_mixing, fingerprint, images
 from torch import nn
 
 import idlefx
+from idlefx.analysis.blocks import find_blocks, open_block
+from idlefx.analysis.subset import Subset
+from idlefx.capture.export import capture
+from idlefx.graph.build import add_call
+from idlefx.pipeline import spell
+from idlefx.rewriting.rebuilder import Rebuilder
 
+aten = torch.ops.aten
 FAILURES = {
     "layer": {"layers": [9]},
     "keep": {"keep": 2.0},
@@ -145,3 +152,25 @@ def test_refusals_are_of_one_family():
     kinds = [kind for kind in vars(idlefx).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert idlefx.IdleFxError in kinds
     assert all(issubclass(kind, idlefx.IdleFxError) for kind in kinds)
+
+
+def test_block_that_cannot_be_followed_is_no_block_to_open():
+    model = build_mixing()
+    graph = spell(capture(model, images(model, 2)).eval_graph)
+    mixing = find_blocks(graph)[1]
+    with pytest.raises(idlefx.BlockError, match=r"block 1 \(blocks\.1\).*conv1d.*over neighbouring tokens"):
+        open_block(graph.graph, mixing)
+
+
+def test_tokens_that_an_operation_takes_apart_are_refused_by_the_rebuilder():
+    model = timm.create_model("eva02_tiny_patch14_224", img_size=48, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    graph = spell(capture(model.eval(), images(model, 2)).eval_graph)
+    block = find_blocks(graph)[0]
+    opened = open_block(graph.graph, block)
+    half = block.tokens // 2
+    any_half = Subset(None, (), tuple(range(block.tokens)), half)  # though the block cuts behind the class token
+    with graph.graph.inserting_before(opened.exit):
+        tokens = add_call(graph.graph, aten.narrow.default, opened.entry, 1, 0, half, name="half", like=opened.entry)
+        rebuild = Rebuilder(graph.graph, opened.walk, any_half, {opened.entry: tokens}, "half_")
+        with pytest.raises(idlefx.PassError, match=r"cuts the image tokens apart"):
+            rebuild(opened.exit)

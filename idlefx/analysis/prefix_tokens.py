@@ -9,9 +9,9 @@ from torch import fx
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.propagation import follow
+from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.rules.registry import rule_of
 from idlefx.analysis.walk import Walk
-from idlefx.errors import UnknownOperation
 from idlefx.graph.queries import Call, argument, dominator_chain, region, value
 from idlefx.graph.sizes import FREE_BATCH, plain_shape, shape_of
 
@@ -81,7 +81,7 @@ def _before_rowwise(flow: nx.DiGraph, node: fx.Node, dim: int) -> fx.Node | None
     layout = lay.stream(shape, dim, shape.index(FREE_BATCH))
     try:
         walk = follow(nodes, {start: layout})
-    except UnknownOperation:
+    except RefusedOperation:
         return None
     return start if walk[node] == layout and not any(n.target in mixing for n in nodes) else None
 
@@ -118,7 +118,7 @@ def read_by_head(after: Iterable[Call], stream: fx.Node, layout: Layout) -> list
                 axis = walk[own[0]][node.args[1]][0]
                 place = node.args[2] % axis.size
                 found.append(_positions(lay.cut(axis.runs, place, place + 1)))
-        except UnknownOperation:
+        except RefusedOperation:
             layouts = [walk[i] for i in own if not isinstance(i.meta["val"], (list, tuple))]
             found += [_positions(f.runs) for one in layouts for dim in one for f in dim if f.role == "tokens"]
     return found

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Layout, Runs
-from idlefx.errors import UnknownOperation
-from idlefx.graph.queries import Call, source_line, value
+from idlefx.analysis.refusal import refuse
+from idlefx.graph.queries import Call, value
 from idlefx.graph.queries import argument as argument  # for who imports it from here
 from idlefx.graph.sizes import plain_shape
 
@@ -71,11 +71,6 @@ class Walk:
     def edit(self, node: Call, *edits: Edit) -> None:
         """Note what must change at a node."""
         self.edits.setdefault(node, []).extend(edits)
-
-
-def refuse(node: Call, reason: str) -> NoReturn:
-    """Refuse a node, naming the operation and the user's line."""
-    raise UnknownOperation(f"{node.target} {reason} (at {source_line(node)})")
 
 
 def dimension(node: Call, dim: Any, rank: int) -> int:

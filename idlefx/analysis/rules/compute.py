@@ -4,8 +4,9 @@ import torch
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
+from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Walk, broadcast, dimension, need_features, read_by_position, refuse, sizes_of
+from idlefx.analysis.walk import Walk, broadcast, dimension, need_features, read_by_position, sizes_of
 from idlefx.graph.queries import Call, argument
 
 aten = torch.ops.aten

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from idlefx.analysis.walk import Walk, refuse
+from idlefx.analysis.refusal import refuse
+from idlefx.analysis.walk import Walk
 from idlefx.graph.queries import Call
 
 Rule = Callable[[Walk, Call], Any]
@@ -34,7 +35,7 @@ def rule_of(node: Call) -> Rule:
     """The rule for a node's operation.
 
     Raises:
-        UnknownOperation: There is none.
+        RefusedOperation: There is none.
     """
     if node.target not in RULES and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return RULES[torch.Tag.pointwise]

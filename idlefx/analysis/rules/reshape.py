@@ -4,8 +4,9 @@ import torch
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
+from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Resize, Walk, broadcast, dimension, refuse, sizes_of
+from idlefx.analysis.walk import Resize, Walk, broadcast, dimension, sizes_of
 from idlefx.graph.queries import Call
 
 aten = torch.ops.aten

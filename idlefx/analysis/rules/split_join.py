@@ -7,8 +7,9 @@ import torch
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
+from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Cut, Resize, Walk, dimension, need_features, read_by_position, refuse, sizes_of
+from idlefx.analysis.walk import Cut, Resize, Walk, dimension, need_features, read_by_position, sizes_of
 from idlefx.graph.queries import Call, argument
 from idlefx.graph.sizes import plain_shape
 
