@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from idlefx.graph.build import add_call
-from idlefx.graph.queries import Call, image_data, remove_dead
+from idlefx.graph.queries import image_data, remove_dead, tensor_argument
 from idlefx.records import Plan
 from idlefx.rewriting.einsum import add_product
 
@@ -49,8 +49,8 @@ def _replace(node: fx.Node, new: fx.Node | None) -> None:
         node.graph.erase_node(node)
 
 
-def _product_and_sum(graph: fx.Graph, node: Call) -> fx.Node:
-    bias, a, b = node.args[:3]
+def _product_and_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    bias, a, b = (tensor_argument(node, at) for at in range(3))
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     found = add_call(graph, aten.bmm.default, a, b, name="product", like=node)
     if alpha != 1:
@@ -62,14 +62,17 @@ def _product_and_sum(graph: fx.Graph, node: Call) -> fx.Node:
     return add_call(graph, aten.add.Tensor, found, bias, name="sum", like=node)
 
 
-def _unconverted(node: Call) -> fx.Node | None:
-    before, after = node.args[0].meta["val"], node.meta["val"]
+def _unconverted(node: fx.Node) -> fx.Node | None:
+    given = tensor_argument(node, 0)
+    before, after = given.meta["val"], node.meta["val"]
     same = all(getattr(before, what) == getattr(after, what) for what in ("dtype", "device", "layout"))
-    return node.args[0] if same else None
+    return given if same else None
 
 
-def _linear(graph: fx.Graph, node: Call, data: set[Call]) -> fx.Node | None:
-    bias, x, weight = (None, *node.args[:2]) if node.target is not aten.addmm.default else node.args[:3]
+def _linear(graph: fx.Graph, node: fx.Node, data: set[fx.Node]) -> fx.Node | None:
+    first = 1 if node.target is aten.addmm.default else 0
+    bias = tensor_argument(node, 0) if first else None
+    x, weight = tensor_argument(node, first), tensor_argument(node, first + 1)
     plain = len(weight.meta["val"].shape) == 2 and (bias is None or len(bias.meta["val"].shape) == 1)
     if not plain or x not in data or weight in data or bias in data or node.kwargs:
         return None
@@ -77,14 +80,14 @@ def _linear(graph: fx.Graph, node: Call, data: set[Call]) -> fx.Node | None:
     return add_call(graph, aten.linear.default, x, turned, bias, name="linear", like=node)
 
 
-def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:
+def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable or not schema.name.endswith("_"):
         return None
     packet = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
     pure = getattr(packet, schema.overload_name or "default", None)
     target = node.args[0]
-    if pure is None or target.op != "call_function" or _is_view(target):
+    if pure is None or not isinstance(target, fx.Node) or target.op != "call_function" or _is_view(target):
         return None
     order = {n: i for i, n in enumerate(graph.nodes)}
     if any(_is_view(user) and order[user] < order[node] for user in target.users):
@@ -96,6 +99,6 @@ def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:
     return found
 
 
-def _is_view(node: Call) -> bool:
+def _is_view(node: fx.Node) -> bool:
     schema: Any = getattr(node.target, "_schema", None)
     return schema is not None and not schema.is_mutable and any(a.alias_info for a in schema.arguments)

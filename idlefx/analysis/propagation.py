@@ -13,7 +13,6 @@ from idlefx.analysis.rules import (
 )
 from idlefx.analysis.rules.registry import rule_of
 from idlefx.analysis.walk import Walk
-from idlefx.graph.queries import Call
 
 
 def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout]) -> Walk:
@@ -33,7 +32,7 @@ def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout]) -> Walk:
     return walk
 
 
-def _check_mutation(node: Call) -> None:
+def _check_mutation(node: fx.Node) -> None:
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable:
         changed = node.args[0]

@@ -9,8 +9,8 @@ from torch import fx
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Layout, Runs
 from idlefx.analysis.refusal import refuse
-from idlefx.graph.queries import Call, value
-from idlefx.graph.queries import argument as argument  # for who imports it from here
+from idlefx.graph.queries import argument as argument  # until passes/query.py takes it from there
+from idlefx.graph.queries import value
 from idlefx.graph.sizes import plain_shape
 
 
@@ -68,19 +68,19 @@ class Walk:
     def __contains__(self, node: Any) -> bool:
         return node in self.layouts
 
-    def edit(self, node: Call, *edits: Edit) -> None:
+    def edit(self, node: fx.Node, *edits: Edit) -> None:
         """Note what must change at a node."""
         self.edits.setdefault(node, []).extend(edits)
 
 
-def dimension(node: Call, dim: Any, rank: int) -> int:
+def dimension(node: fx.Node, dim: Any, rank: int) -> int:
     """A dimension argument as a number from 0."""
     if not isinstance(dim, int):
         refuse(node, f"has a dimension {dim} that is no constant")
     return dim % rank
 
 
-def sizes_of(node: Call) -> list[int]:
+def sizes_of(node: fx.Node) -> list[int]:
     """The shape of a node's tensor as plain numbers."""
     tensor = value(node)
     if tensor is None:
@@ -88,7 +88,7 @@ def sizes_of(node: Call) -> list[int]:
     return plain_shape(tensor)
 
 
-def need_features(node: Call, layout: Layout, dims: Iterable[int], does: str) -> None:
+def need_features(node: fx.Node, layout: Layout, dims: Iterable[int], does: str) -> None:
     """Refuse what a node does if it does it over tokens or over the batch."""
     for d in dims:
         if lay.has(layout[d], "tokens"):
@@ -97,7 +97,7 @@ def need_features(node: Call, layout: Layout, dims: Iterable[int], does: str) ->
             refuse(node, f"{does} over the batch")
 
 
-def broadcast(walk: Walk, node: Call, operands: Iterable[Any], rank: int) -> Layout:
+def broadcast(walk: Walk, node: fx.Node, operands: Iterable[Any], rank: int) -> Layout:
     """The common layout of operands that are broadcast together, their outside parts noted as reads."""
     own = [o for o in operands if o in walk]
     result: list[Dim] = []
@@ -121,7 +121,7 @@ def _one_batch(dims: set[Dim]) -> set[Dim]:
     return {batch if batch is not None and dim == lay.features(lay.size(batch)) else dim for dim in dims}
 
 
-def read_by_position(walk: Walk, node: Call, operand: fx.Node, output: Layout, skip: int | None = None) -> None:
+def read_by_position(walk: Walk, node: fx.Node, operand: fx.Node, output: Layout, skip: int | None = None) -> None:
     """Note which dimensions of an outside operand run along tokens of the output it is broadcast to."""
     given, rank = sizes_of(operand), len(output)
     dims = []

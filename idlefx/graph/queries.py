@@ -13,8 +13,7 @@ from torch import fx
 
 SINK = "sink"
 
-# An `fx.Node` whose arguments are looked at: torch types each of them as a union of everything.
-Call: TypeAlias = Any
+Call: TypeAlias = Any  # until passes/query.py says `fx.Node`
 _LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
 
 
@@ -34,6 +33,12 @@ def tensor_argument(node: fx.Node, index: int) -> fx.Node:
     operand = node.args[index]
     assert isinstance(operand, fx.Node), f"argument {index} of {node.format_node()} is no node"
     return operand
+
+
+def run_target(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Do what a call does, with other arguments."""
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -58,9 +63,9 @@ def carries_tensors(node: fx.Node) -> bool:
     return many or isinstance(val, torch.Tensor)
 
 
-def image_data(graph: fx.Graph) -> set[Call]:
+def image_data(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose tensors are computed from an input, and not from parameters alone."""
-    data: set[Call] = set()
+    data: set[fx.Node] = set()
     for node in graph.nodes:
         if carries_tensors(node) and (node.op == "placeholder" or any(i in data for i in node.all_input_nodes)):
             data.add(node)

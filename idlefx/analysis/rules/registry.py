@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from idlefx.analysis.refusal import refuse
 from idlefx.analysis.walk import Walk
-from idlefx.graph.queries import Call
 
-Rule = Callable[[Walk, Call], Any]
+Rule = Callable[[Walk, fx.Node], Any]
 RULES: dict[Any, Rule] = {}
 
 
@@ -31,7 +31,7 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def rule_of(node: Call) -> Rule:
+def rule_of(node: fx.Node) -> Rule:
     """The rule for a node's operation.
 
     Raises:
