@@ -52,21 +52,21 @@ def _replace(node: fx.Node, new: fx.Node | None) -> None:
 def _product_and_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
     bias, a, b = (tensor_argument(node, at) for at in range(3))
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    found = add_call(graph, aten.bmm.default, a, b, name="product", like=node)
+    product = add_call(graph, aten.bmm.default, a, b, name="product", like=node)
     if alpha != 1:
-        found = add_call(graph, aten.mul.Tensor, found, alpha, name="scaled", like=node)
+        product = add_call(graph, aten.mul.Tensor, product, alpha, name="scaled", like=node)
     if beta == 0:
-        return found
+        return product
     if beta != 1:
         bias = add_call(graph, aten.mul.Tensor, bias, beta, name="scaled", like=node)
-    return add_call(graph, aten.add.Tensor, found, bias, name="sum", like=node)
+    return add_call(graph, aten.add.Tensor, product, bias, name="sum", like=node)
 
 
 def _unconverted(node: fx.Node) -> fx.Node | None:
-    given = tensor_argument(node, 0)
-    before, after = given.meta["val"], node.meta["val"]
+    source = tensor_argument(node, 0)
+    before, after = source.meta["val"], node.meta["val"]
     same = all(getattr(before, what) == getattr(after, what) for what in ("dtype", "device", "layout"))
-    return given if same else None
+    return source if same else None
 
 
 def _linear(graph: fx.Graph, node: fx.Node, data: set[fx.Node]) -> fx.Node | None:
@@ -92,11 +92,11 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     order = {n: i for i, n in enumerate(graph.nodes)}
     if any(_is_view(user) and order[user] < order[node] for user in target.users):
         return None
-    found = add_call(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **node.kwargs)
+    result = add_call(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **node.kwargs)
     later = [user for user in target.users if order.get(user, -1) > order[node]]
     for user in later:
-        user.replace_input_with(target, found)
-    return found
+        user.replace_input_with(target, result)
+    return result
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -20,10 +20,10 @@ aten = torch.ops.aten
 def normalize_attention(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite hand-written attention; the plan does not matter."""
     del plan
-    found = [spelling for node in module.graph.nodes if (spelling := match(node)) is not None]
-    for spelling in found:
+    spellings = [spelling for node in module.graph.nodes if (spelling := match(node)) is not None]
+    for spelling in spellings:
         _rewrite(module.graph, spelling)
-    if found:
+    if spellings:
         remove_dead(module.graph)
     return module
 

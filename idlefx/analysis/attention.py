@@ -102,7 +102,7 @@ SPELLINGS: tuple[Callable[[fx.Node], Spelling | None], ...] = (match_softmax,)
 
 def match(node: fx.Node) -> Spelling | None:
     """The attention that is anchored at a node, if it can be written as `scaled_dot_product_attention`."""
-    return next((found for spelling in SPELLINGS if (found := spelling(node)) is not None), None)
+    return next((matched for spelling in SPELLINGS if (matched := spelling(node)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -135,19 +135,19 @@ class Core:
 def find_cores(graph: fx.Graph) -> list[Core]:
     """Every attention of a normalised graph, in graph order; those that stay spelled out with their map too."""
     data = image_data(graph)
-    found = []
+    cores = []
     for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             note = note_of(node)
             name = note.attention if isinstance(note, Spelled) else "sdpa"
-            given = node.kwargs.get("scale")
+            scale = node.kwargs.get("scale")
             query, key = tensor_argument(node, 0), tensor_argument(node, 1)
-            scale = shape_of(query)[-1] ** -0.5 if given is None else given
-            found.append(Core(name, node, query, key, scale=scale))
+            scale = shape_of(query)[-1] ** -0.5 if scale is None else scale
+            cores.append(Core(name, node, query, key, scale=scale))
         elif node.target in (aten.softmax.int, aten._softmax.default):
             core = _spelled_out(node, data)
-            found += [core] if core is not None and core.out not in [c.out for c in found] else []
-    return found
+            cores += [core] if core is not None and core.out not in [c.out for c in cores] else []
+    return cores
 
 
 def _spelled_out(softmax: fx.Node, data: set[fx.Node]) -> Core | None:

@@ -136,7 +136,10 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
     except RefusedOperation as refusal:
         return replace(block, refusal=str(refusal))
     tokens = stream[token_dim]
-    positions = _given(prefix, tokens) if prefix is not None else prefix_positions(flow, trunk.entry, token_dim, known)
+    if prefix is not None:
+        positions = _named_positions(prefix, tokens)
+    else:
+        positions = prefix_positions(flow, trunk.entry, token_dim, known)
     layout = walk[trunk.cores[0].query]
     block = replace(
         block,
@@ -164,11 +167,11 @@ def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:
         seen |= new
         stack += new
     root = nodes[0].graph.owning_module
-    found = {str(n.target) for n in seen if n.op == "get_attr"}
-    return sum(p.numel() for name, p in root.named_parameters() if name in found) if root is not None else 0
+    read = {str(n.target) for n in seen if n.op == "get_attr"}
+    return sum(p.numel() for name, p in root.named_parameters() if name in read) if root is not None else 0
 
 
-def _given(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
+def _named_positions(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
     plain = plain_prefix(prefix)
     positions = tuple(sorted(set(plain if isinstance(plain, tuple) else range(plain or 0))))
     if not all(0 <= p < tokens for p in positions) or len(positions) >= tokens:

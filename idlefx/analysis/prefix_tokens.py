@@ -57,8 +57,8 @@ def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.No
     if target is aten.permute.default:
         return _from_image(flow, args[0], args[1][dim], blocks)
     if target is aten.slice.Tensor:
-        given, cut = _from_image(flow, args[0], dim, blocks), slice(*(argument(node, i, "") for i in (2, 3, 4)))
-        return given[cut] if argument(node, 1, "dim", 0) % tensor.ndim == dim else given
+        from_image, cut = _from_image(flow, args[0], dim, blocks), slice(*(argument(node, i, "") for i in (2, 3, 4)))
+        return from_image[cut] if argument(node, 1, "dim", 0) % tensor.ndim == dim else from_image
     before = _before_rowwise(flow, node, dim) if sum(i in flow for i in node.all_input_nodes) > 1 else None
     if before is not None:
         return _from_image(flow, before, dim, blocks)
@@ -108,7 +108,7 @@ def read_by_head(after: Iterable[fx.Node], stream: fx.Node, layout: Layout) -> l
         layout: Its layout.
     """
     walk = Walk({stream: layout})
-    found: list[set[int]] = []
+    reads: list[set[int]] = []
     for node in after:
         own = [i for i in node.all_input_nodes if i in walk]
         if not own:
@@ -118,11 +118,11 @@ def read_by_head(after: Iterable[fx.Node], stream: fx.Node, layout: Layout) -> l
             if node.target is aten.select.int and node in walk.edits:
                 axis = walk[own[0]][argument(node, 1)][0]
                 place = argument(node, 2) % axis.size
-                found.append(_positions(lay.cut(axis.runs, place, place + 1)))
+                reads.append(_positions(lay.cut(axis.runs, place, place + 1)))
         except RefusedOperation:
             layouts = [walk[i] for i in own if not isinstance(i.meta["val"], (list, tuple))]
-            found += [_positions(f.runs) for one in layouts for dim in one for f in dim if f.role == "tokens"]
-    return found
+            reads += [_positions(f.runs) for one in layouts for dim in one for f in dim if f.role == "tokens"]
+    return reads
 
 
 def _positions(runs: lay.Runs) -> set[int]:

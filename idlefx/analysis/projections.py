@@ -95,14 +95,14 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
         numbers = _FREE.get(view, view)(*args, **kwargs)
     if math.prod(f.size for dim in walk[node] for f in dim if f.role == "batch") != FREE_BATCH:
         return None  # the batch of the block is not that of the image, or is fixed
-    found = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH))
-    return found and replace(found, factor=factor)
+    rows = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH))
+    return rows and replace(rows, factor=factor)
 
 
 def _with_numbers(step: fx.Node, numbers: Any) -> tuple[Any, Any]:
     """A view's arguments, its tensor replaced by the numbers and every free size by that of the small batch."""
-    given = step.all_input_nodes[0]
-    return map_arg((step.args, step.kwargs), lambda n: numbers if n is given else number(n, SMALL_BATCH))
+    tensor = step.all_input_nodes[0]
+    return map_arg((step.args, step.kwargs), lambda n: numbers if n is tensor else number(n, SMALL_BATCH))
 
 
 def _is_scaling(node: fx.Node) -> bool:

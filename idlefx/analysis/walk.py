@@ -109,9 +109,9 @@ def broadcast(walk: Walk, node: fx.Node, operands: Iterable[Any], rank: int) -> 
     for operand in operands:
         if isinstance(operand, fx.Node) and operand not in walk and value(operand) is not None:
             read_by_position(walk, node, operand, tuple(result))
-            given = sizes_of(operand)
-            for d in range(rank - len(given), rank):
-                result[d] = result[d] or lay.features(given[d - rank])
+            sizes = sizes_of(operand)
+            for d in range(rank - len(sizes), rank):
+                result[d] = result[d] or lay.features(sizes[d - rank])
     return tuple(result)
 
 
@@ -123,10 +123,10 @@ def _one_batch(dims: set[Dim]) -> set[Dim]:
 
 def read_by_position(walk: Walk, node: fx.Node, operand: fx.Node, output: Layout, skip: int | None = None) -> None:
     """Note which dimensions of an outside operand run along tokens of the output it is broadcast to."""
-    given, rank = sizes_of(operand), len(output)
+    sizes, rank = sizes_of(operand), len(output)
     dims = []
-    for d in range(max(rank - len(given), 0), rank):
-        if given[d - rank] != 1 and lay.has(output[d], "tokens") and d != skip:
+    for d in range(max(rank - len(sizes), 0), rank):
+        if sizes[d - rank] != 1 and lay.has(output[d], "tokens") and d != skip:
             if not lay.is_tokens(output[d]):
                 refuse(node, f"reads `{operand.name}` by position along an axis that tokens share")
             dims.append((d, output[d][0].runs))

@@ -103,8 +103,8 @@ def _parents(flow: nx.DiGraph, root: object) -> dict[object, fx.Node]:
     cache = flow.graph.setdefault("dominators", {})
     if root not in cache:
         cache[root] = nx.immediate_dominators(flow, root)
-    found: dict[object, fx.Node] = cache[root]
-    return found
+    parents: dict[object, fx.Node] = cache[root]
+    return parents
 
 
 def post_dominator_chain(flow: nx.DiGraph, node: object) -> Iterator[fx.Node]:

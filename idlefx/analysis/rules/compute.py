@@ -108,13 +108,13 @@ def matmul(walk: Walk, node: fx.Node) -> Layout:
 
 
 def _outside_product(walk: Walk, node: fx.Node, a: fx.Node, b: fx.Node) -> Layout:
-    given, layout = sizes_of(b), walk[a]
+    sizes, layout = sizes_of(b), walk[a]
     need_features(node, layout, [len(layout) - 1], "contracts")
-    if len(given) > len(layout) or any(
-        s != 1 and lay.has(layout[d - len(given)], "tokens", "batch") for d, s in enumerate(given[:-2])
+    if len(sizes) > len(layout) or any(
+        s != 1 and lay.has(layout[d - len(sizes)], "tokens", "batch") for d, s in enumerate(sizes[:-2])
     ):
         refuse(node, "multiplies with a stack of outside matrices")
-    return layout[:-1] if len(given) == 1 else (*layout[:-1], lay.features(given[-1]))
+    return layout[:-1] if len(sizes) == 1 else (*layout[:-1], lay.features(sizes[-1]))
 
 
 @rule(
@@ -125,9 +125,9 @@ def reduce(walk: Walk, node: fx.Node) -> Layout:
     """A statistic over features."""
     layout = walk[node.args[0]]
     at = 2 if node.target in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim) else 1
-    given = argument(node, at, "dim")
-    wanted = range(len(layout)) if given is None else [given] if isinstance(given, int) else given
-    dims = {dimension(node, d, len(layout)) for d in wanted}
+    over = argument(node, at, "dim")
+    over = range(len(layout)) if over is None else [over] if isinstance(over, int) else over
+    dims = {dimension(node, d, len(layout)) for d in over}
     need_features(node, layout, dims, "takes a statistic")
     if len(sizes_of(node)) == len(layout):
         return tuple(() if d in dims else dim for d, dim in enumerate(layout))

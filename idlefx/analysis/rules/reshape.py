@@ -26,20 +26,20 @@ def unflatten(walk: Walk, node: fx.Node) -> Layout:
 
 
 def _regrouped(walk: Walk, node: fx.Node, arg: int, first: int) -> Layout:
-    found = lay.regroup(walk[node.args[0]], sizes_of(node))
-    if found is None:
+    layout = lay.regroup(walk[node.args[0]], sizes_of(node))
+    if layout is None:
         refuse(node, "breaks up the token axis (windows or a grid of patches)")
-    for entry, given in enumerate(argument(node, arg)):
-        if lay.has(found[first + entry], "tokens") and given != -1:
-            walk.edit(node, Resize(arg, entry, found[first + entry]))
-    return found
+    for entry, size in enumerate(argument(node, arg)):
+        if lay.has(layout[first + entry], "tokens") and size != -1:
+            walk.edit(node, Resize(arg, entry, layout[first + entry]))
+    return layout
 
 
 @rule(aten.flatten.using_ints, aten.squeeze.default)
 def flatten(walk: Walk, node: fx.Node) -> Layout:
     """Merge dimensions; no size is written down."""
-    found = lay.regroup(walk[node.args[0]], sizes_of(node))
-    return found if found is not None else refuse(node, "breaks up the token axis")
+    layout = lay.regroup(walk[node.args[0]], sizes_of(node))
+    return layout if layout is not None else refuse(node, "breaks up the token axis")
 
 
 @rule(aten.expand_as.default)
@@ -104,8 +104,8 @@ def unsqueeze(walk: Walk, node: fx.Node) -> Layout:
 @rule(aten.squeeze.dim, aten.squeeze.dims)
 def squeeze(walk: Walk, node: fx.Node) -> Layout:
     """Remove dimensions of size one."""
-    layout, given = walk[node.args[0]], argument(node, 1)
-    dims = {dimension(node, d, len(layout)) for d in ([given] if isinstance(given, int) else given)}
+    layout, removed = walk[node.args[0]], argument(node, 1)
+    dims = {dimension(node, d, len(layout)) for d in ([removed] if isinstance(removed, int) else removed)}
     return tuple(dim for d, dim in enumerate(layout) if d not in dims or lay.size(dim) > 1)
 
 

@@ -46,8 +46,7 @@ def split(walk: Walk, node: fx.Node) -> tuple[Layout, ...]:
 @rule(operator.getitem)
 def getitem(walk: Walk, node: fx.Node) -> Layout:
     """One of several results."""
-    found: Layout = walk.layouts[tensor_argument(node, 0)][node.args[1]]
-    return found
+    return walk.layouts[tensor_argument(node, 0)][node.args[1]]
 
 
 @rule(aten.select.int)
