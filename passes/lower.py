@@ -92,7 +92,8 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     order = {n: i for i, n in enumerate(graph.nodes)}
     if any(_is_view(user) and order[user] < order[node] for user in target.users):
         return None
-    result = add_call(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **node.kwargs)
+    options: Any = node.kwargs
+    result = add_call(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **options)
     later = [user for user in target.users if order.get(user, -1) > order[node]]
     for user in later:
         user.replace_input_with(target, result)

@@ -10,6 +10,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from idlefx.graph.queries import run_target
+
 UNFORESEEN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # a fresh symbol at each call
 
 _KEY = "inferred"
@@ -49,14 +51,13 @@ def infer(node: fx.Node) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     leaves = chain(tree_leaves((args, kwargs)), (n.meta.get("val") for n in node.graph.nodes))
     mode = next(mode for leaf in leaves if (mode := getattr(leaf, "fake_mode", None)) is not None)
-    target: Any = node.target
-    signature = _signature(target, args, kwargs)
+    signature = _signature(node.target, args, kwargs)
     remembered = _REMEMBERED.setdefault(mode, {})
     if signature in remembered:
         return remembered[signature]
     # The Python dispatcher keeps the batch symbolic where some C++ kernels would ask for its value.
     with mode, torch.no_grad(), enable_python_dispatcher():
-        value = target(*args, **kwargs)
+        value = run_target(node, args, kwargs)
     if signature is not None:
         remembered[signature] = value
     return value

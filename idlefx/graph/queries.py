@@ -5,7 +5,7 @@ sizes are left out, so that a dominator is a place that all image information pa
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import networkx as nx
 import torch
@@ -13,7 +13,6 @@ from torch import fx
 
 SINK = "sink"
 
-Call: TypeAlias = Any  # until passes/query.py says `fx.Node`
 _LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
 
 
