@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> tuple[nn.Module, float]:
         optimizer.load_state_dict(state["optimizer"])
         done, seconds = state["rounds"], state["seconds"]
 
-    held_out = Glyphs("val", size=2400).draw()
+    held_out = Glyphs("val", size=args.scenes // 2).draw()
     print("round,clutter,loss,accuracy,seconds", flush=True)
     for number in range(done, args.rounds):
         begun, ease = time.perf_counter(), max(0.0, 1 - 3 * number / args.rounds)
@@ -110,13 +110,14 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of AdamW; warm-up, then cosine")
     parser.add_argument("--checkpoint", type=Path, default=Path("train_glyphs.pt"), help="written after every round")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
+    parser.add_argument("--scenes", type=int, default=4800, help="held-out ones at the end; half as many in between")
     parser.add_argument("--machine", default=platform.machine(), help="what it runs on, for the account")
     parser.add_argument("--note", default="", help="what else the account should say")
     parser.add_argument("--output", type=Path, default=GLYPH_VIT, help="the weights; the account goes beside them")
     args = parser.parse_args()
 
     model, seconds = train(args)
-    test = Glyphs("test", size=4800).draw()
+    test = Glyphs("test", size=args.scenes).draw()
     told = account(args, seconds, accuracy(model, test), len(test.labels))
     with whole_file(args.output) as weights, whole_file(args.output.with_suffix(".json")) as text:
         header = {name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()}

@@ -1,12 +1,13 @@
-"""Fixtures: every model by name."""
+"""Fixtures: every model by name; and which tests run on one worker, because they share what is slow to make."""
 
 import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
-from models import MODELS, Spec, build
 from torch import nn
+
+from tests.models.small import MODELS, Spec, build
 
 SLOW = {
     "deadline": None,
@@ -19,6 +20,14 @@ settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, tests of one model and otherwise those of one file stay together, unless they say so."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            model = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+            item.add_marker(pytest.mark.xdist_group(model if model in MODELS else item.path.stem))
 
 
 @pytest.fixture(scope="session", params=list(MODELS))

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, convert
-from models import build, images
 from torch import Tensor, nn
 
 from idlefx import __main__ as shell
@@ -17,6 +15,8 @@ from idlefx.bench.results import Timing, outcome
 from idlefx.bench.runner import Bench, bench
 from idlefx.bench.tables import render, to_json, verdict
 from idlefx.errors import InputError
+from tests.models.small import build, images
+from tests.support.cases import Case, convert
 
 CASE = Case((1, 2), 0.5)
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def named(name: str = "vit") -> nn.Module:
 
 
 COMMAND = [
-    "bench", "--model", "test_bench:named", "--example-shape", "2,3,48,48", "--layers", "1", "2", "--keep", "0.5",
+    "bench", "--model", f"{__name__}:named", "--example-shape", "2,3,48,48", "--layers", "1", "2", "--keep", "0.5",
     "--batch", "2", "--eager", "--seconds", "0",
 ]  # fmt: skip
 
@@ -214,11 +214,11 @@ def test_number_type_that_the_device_lacks_is_refused(monkeypatch):
 
 def test_several_models_and_ratios_are_timed_and_a_refused_one_named(capsys, tmp_path):
     target = tmp_path / "bench.json"
-    command = [*COMMAND, "--model", "test_bench:named", "test_bench:CASE", "--keep", "0.9", "0.9,0.5"]
+    command = [*COMMAND, "--model", f"{__name__}:named", f"{__name__}:CASE", "--keep", "0.9", "0.9,0.5"]
     assert shell.main([*command, "--json", str(target)]) == 2
     shown = capsys.readouterr()
     assert "keep 0.9\n" in shown.out and "keep 0.9 0.5\n" in shown.out
-    assert "test_bench:CASE" in shown.err
+    assert f"{__name__}:CASE" in shown.err
     summary = shown.out.partition("Best compiled against best compiled")[2]
     assert "keep 0.9 " in summary and "keep 0.9 0.5 " in summary
     written = json.loads(target.read_text())

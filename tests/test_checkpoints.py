@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from colours import CLASSES, PLAIN, SIDE, Colours, batches, models, vit
-from test_refusals import says
 
 import idlefx
 from idlefx.training import checkpoints
@@ -22,6 +20,8 @@ from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import evaluate, finetune
 from idlefx.training.metric_log import COLUMNS, MetricLog
 from idlefx.training.trainer import LOSSES
+from tests.models.colours import CLASSES, PLAIN, SIDE, Colours, batches, models, vit
+from tests.support.messages import refusal, says
 
 # Everything random is on: order, noise, dropout, mixup, cutmix; and everything with a state: momentum, averaging.
 RANDOM = Settings(epochs=2, lr=1e-3, warmup=0.2, accumulate=2)
@@ -118,12 +118,6 @@ def plan_of_run(**options):
     dense, _ = models()
     idle = idlefx.convert(dense, **{"layers": [1], "keep": 0.5, **options})
     return checkpoints.plan_of_run(dense, idle, PLAIN, {"batch_size": 8}, {})
-
-
-def refusal(function, *arguments, **options):
-    with pytest.raises(idlefx.IdleFxError) as caught:
-        function(*arguments, **options)
-    return str(caught.value)
 
 
 def test_a_run_of_another_plan_is_refused(tmp_path):

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, convert
-from models import build, images
 
 import idlefx
 from idlefx import __main__ as shell
@@ -14,6 +12,8 @@ from idlefx.bench.block_latency import measure_times, token_counts
 from idlefx.errors import InputError, PlanError
 from idlefx.reporting.latency import BlockTimes, read_times, size_of, times_to_json
 from idlefx.runtime.module import selections
+from tests.models.small import build, images
+from tests.support.cases import Case, convert, converted
 
 CASE = Case((1, 3), 0.5)
 OPTIONS = ["--example-shape", "2,3,48,48", "--layers", "1", "3", "--keep", "0.5"]
@@ -35,7 +35,7 @@ def table(**ms: float) -> BlockTimes:
 @pytest.mark.parametrize(("name", "prefix", "multiple_of"), [("vit", 1, 8), ("registers", 5, 4), ("gap", 0, 16)])
 def test_tokens_that_work_are_rounded_up_prefix_and_all(name, prefix, multiple_of):
     model = build(name)
-    exact, rounded = (convert(model, CASE, multiple_of=m) for m in (1, multiple_of))
+    exact, rounded = converted(name, CASE), converted(name, CASE, multiple_of=multiple_of)
     for before, after in zip(exact.plan, rounded.plan, strict=True):
         assert before.kept <= after.kept < before.kept + multiple_of
         assert (after.kept + prefix) % multiple_of == 0
@@ -47,7 +47,7 @@ def test_tokens_that_work_are_rounded_up_prefix_and_all(name, prefix, multiple_o
 
 
 def test_rounding_never_goes_beyond_all_tokens():
-    idle = convert(build("vit"), CASE, multiple_of=64)
+    idle = converted("vit", CASE, multiple_of=64)
     assert [step.kept for step in idle.plan] == [36, 36, 36] and not any(step.idles for step in idle.plan)
 
 
@@ -66,7 +66,7 @@ def test_time_is_read_off_a_straight_line_between_measured_counts():
 
 
 def test_report_predicts_the_time_of_each_block_and_of_all():
-    idle = convert(build("vit"), CASE)
+    idle = converted("vit", CASE)
     found = idlefx.report(idle, [table(n1=1.0, n37=37.0)])
     assert [b.dense_ms for b in found.blocks] == pytest.approx([37.0] * 4)
     assert [b.idle_ms for b in found.blocks] == pytest.approx([37.0, 19.0, 19.0, 10.0])
@@ -94,7 +94,7 @@ def test_file_that_is_no_table_is_refused(text, tmp_path):
 
 
 def test_counts_are_those_of_the_plan_and_of_whole_tiles():
-    counts = token_counts([convert(build("vit"), CASE).plan])
+    counts = token_counts([converted("vit", CASE).plan])
     assert {37, 19, 24, 10, 16} <= set(counts) and counts[0] == 1 and counts[-1] == 37
 
 
@@ -107,10 +107,21 @@ def test_measured_block_has_the_multiply_adds_of_the_models_own():
 
 def test_table_goes_from_bench_to_convert_in_the_shell(tmp_path, capsys):
     path = tmp_path / "times.json"
-    timing = ["bench", "--model", "test_clock:named", "--batch", "2", "--eager", "--seconds", "0", "--table", str(path)]
+    timing = [
+        "bench",
+        "--model",
+        f"{__name__}:named",
+        "--batch",
+        "2",
+        "--eager",
+        "--seconds",
+        "0",
+        "--table",
+        str(path),
+    ]
     assert shell.main([*timing, *OPTIONS, "--multiple-of", "8"]) == 0
     assert json.loads(path.read_text())["tables"][0]["batch"] == 2
-    assert shell.main(["convert", "--model", "test_clock:named", *OPTIONS, "--times", str(path)]) == 0
+    assert shell.main(["convert", "--model", f"{__name__}:named", *OPTIONS, "--times", str(path)]) == 0
     assert "predicted" in capsys.readouterr().out
-    assert shell.main(["convert", "--model", "test_clock:wider", *OPTIONS, "--times", str(path)]) == 2
+    assert shell.main(["convert", "--model", f"{__name__}:wider", *OPTIONS, "--times", str(path)]) == 2
     assert "width 96" in capsys.readouterr().err

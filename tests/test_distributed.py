@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import CLASSES, PLAIN, Colours, folder, vit
 
 import idlefx
 from idlefx.cli.finetune import main
@@ -20,6 +19,7 @@ from idlefx.training.feature_taps import tap
 from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import evaluate
 from idlefx.training.trainer import Trainer
+from tests.models.colours import CLASSES, MODEL, PLAIN, Colours, folder, vit
 
 PROCESSES, IMAGES, TO_LOOK_AT = 2, 8, 25
 
@@ -65,7 +65,7 @@ def free_port():
 def command(directory):
     """Arguments of a short run."""
     return [
-        "--model", "colours:vit", "--layers", "1", "--keep", "0.5", "--data", str(directory / "data"), "--epochs", "1",
+        "--model", MODEL, "--layers", "1", "--keep", "0.5", "--data", str(directory / "data"), "--epochs", "1",
         "--batch-size", "8", "--workers", "0", "--w-cut", "0", "--device", "cpu", "--out", str(directory / "run"),
     ]  # fmt: skip
 
@@ -167,7 +167,7 @@ def test_command_runs_in_two_processes_and_one_of_them_writes(pair, directory):
 def test_torchrun_starts_the_command(tmp_path):
     folder(tmp_path / "data")
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--master-port", str(free_port())]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "idlefx.finetune", *command(tmp_path)],
         env=environment, capture_output=True, text=True, timeout=300,

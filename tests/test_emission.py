@@ -1,11 +1,12 @@
 """Emitting: a directory with all that a model needs, whole or not there, whose script tunes that very model."""
 
+import copy
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-import colours
 import numpy as np
 import pytest
 import safetensors.torch
@@ -14,8 +15,9 @@ import torch
 import idlefx
 from idlefx import InputError
 from idlefx.deploy import bundle
+from tests.models import colours
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 FILES = {"model.pt2", "weights.safetensors", "plan.json", "report.md", "tokens.png", "finetune.py"}
 CALL = {"layers": [1], "keep": 0.5, "schedule": "blocks"}
 
@@ -25,7 +27,9 @@ def brightness(x):
     return x.mean(-1)
 
 
+@cache
 def converted(**options):
+    """Shared between tests, so only read it."""
     return idlefx.convert(colours.vit(), **CALL, **options)
 
 
@@ -37,7 +41,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def emitted(tmp_path_factory):
-    return idlefx.emit(converted(), tmp_path_factory.mktemp("emitted") / "vit", model="colours:vit", batch=(1, 64))
+    return idlefx.emit(converted(), tmp_path_factory.mktemp("emitted") / "vit", model=colours.MODEL, batch=(1, 64))
 
 
 @pytest.mark.slow
@@ -50,10 +54,10 @@ def test_the_artifact_computes_what_the_model_does(emitted):
 def test_the_script_tunes_this_model_by_this_plan_and_packages_it(emitted, tmp_path):
     data = colours.folder(tmp_path / "data", train=16, val=4)
     command = [sys.executable, emitted / "finetune.py", data, "1"]
-    run = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "idle, tuned" in run.stdout
-    tuned = converted()
+    tuned = copy.deepcopy(converted())
     safetensors.torch.load_model(tuned, emitted / "tuned.safetensors")
     x = torch.randn(2, 3, colours.SIDE, colours.SIDE)
     torch.testing.assert_close(idlefx.load(emitted / "tuned.pt2")(x), tuned(x), rtol=1e-4, atol=1e-4)
@@ -62,10 +66,10 @@ def test_the_script_tunes_this_model_by_this_plan_and_packages_it(emitted, tmp_p
 
 def test_what_is_written(quick, tmp_path):
     idle = converted()
-    directory = idlefx.emit(idle, tmp_path / "vit", model="colours:vit")
+    directory = idlefx.emit(idle, tmp_path / "vit", model=colours.MODEL)
     assert {path.name for path in directory.iterdir()} == FILES
     plan = json.loads((directory / "plan.json").read_text())
-    assert plan["model"] == "colours:vit"
+    assert plan["model"] == colours.MODEL
     assert plan["layers"] == [1]
     assert [step["kept"] for step in plan["blocks"]] == [step.kept for step in idle.plan]
     weights = safetensors.torch.load_file(directory / "weights.safetensors")
@@ -74,7 +78,7 @@ def test_what_is_written(quick, tmp_path):
 
 
 def test_the_script_is_short_and_says_what_the_user_said(quick, tmp_path):
-    script = (idlefx.emit(converted(), tmp_path / "vit", model="colours:vit") / "finetune.py").read_text()
+    script = (idlefx.emit(converted(), tmp_path / "vit", model=colours.MODEL) / "finetune.py").read_text()
     compile(script, "finetune.py", "exec")
     assert len(script.splitlines()) <= 60
     assert "layers=[1], keep=0.5, schedule='blocks'" in script
@@ -87,14 +91,14 @@ def test_a_failure_leaves_nothing_behind(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bundle, "package", full)
     with pytest.raises(InputError, match="No space left on device; name another directory"):
-        idlefx.emit(converted(), tmp_path / "vit", model="colours:vit")
+        idlefx.emit(converted(), tmp_path / "vit", model=colours.MODEL)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_with_files_is_refused(quick, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(InputError, match="is there already"):
-        idlefx.emit(converted(), tmp_path, model="colours:vit")
+        idlefx.emit(converted(), tmp_path, model=colours.MODEL)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
@@ -116,20 +120,20 @@ def test_a_model_that_computes_something_else_with_these_weights_is_refused(quic
 
 def test_numbers_of_another_library_end_up_as_plain_ones(quick, tmp_path):
     idle = idlefx.convert(colours.vit(), [1], np.float32(0.5), prefix=np.arange(1))
-    directory = idlefx.emit(idle, tmp_path / "vit", model="colours:vit")
+    directory = idlefx.emit(idle, tmp_path / "vit", model=colours.MODEL)
     assert "layers=[1], keep=0.5, prefix=[0], example" in (directory / "finetune.py").read_text()
     assert json.loads((directory / "plan.json").read_text())["prefix"] == [0]
 
 
 def test_the_script_packages_as_it_was_packaged(quick, tmp_path):
     options = {"dtype": torch.bfloat16, "batch": (1, 8), "device": torch.device("cpu")}
-    script = (idlefx.emit(converted(), tmp_path / "vit", model="colours:vit", **options) / "finetune.py").read_text()
+    script = (idlefx.emit(converted(), tmp_path / "vit", model=colours.MODEL, **options) / "finetune.py").read_text()
     assert "\"tuned.pt2\", dtype=torch.bfloat16, batch=(1, 8), device='cpu')" in script
 
 
 def test_the_present_directory_will_do_if_it_is_empty(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    idlefx.emit(converted(), ".", model="colours:vit")
+    idlefx.emit(converted(), ".", model=colours.MODEL)
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
@@ -149,11 +153,11 @@ def test_a_timm_model_names_itself(quick, tmp_path):
 
 
 def test_the_script_imports_the_users_token_score(quick, tmp_path):
-    directory = idlefx.emit(converted(selector="brightness"), tmp_path / "vit", model="colours:vit")
+    directory = idlefx.emit(converted(selector="brightness"), tmp_path / "vit", model=colours.MODEL)
     assert f"import {__name__}  # registers the token score" in (directory / "finetune.py").read_text()
 
 
 def test_a_token_score_that_cannot_be_imported_is_refused(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(brightness, "__module__", "__main__")
     with pytest.raises(InputError, match=r"`brightness` .* move it into a module"):
-        idlefx.emit(converted(selector="brightness"), tmp_path / "vit", model="colours:vit")
+        idlefx.emit(converted(selector="brightness"), tmp_path / "vit", model=colours.MODEL)

@@ -1,40 +1,22 @@
 """Any combination of spellings converts to what its eager reference computes, or is refused for a true reason.
 
-100 examples, always the same; 1,000 new ones with `--hypothesis-profile=thorough`.
+100 examples, always the same, of which all but the first 25 are slow tests; 1,000 new ones with `-m ""
+--hypothesis-profile=thorough`.
 """
 
-import re
 from typing import Any
-from unittest.mock import patch
 
-import generated_reference
 import pytest
 import torch
-from cases import CLEAR_MARGIN, relative_error
-from generated import build, inputs
-from generated_config import CHOICES, Config
 from hypothesis import assume, given, seed, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-import idlefx
-from idlefx import pipeline
-from idlefx.capture.export import capture
-from idlefx.runtime.module import selections
+from tests.models.generated import build, inputs
+from tests.models.generated.config import CHOICES, Config
+from tests.oracles import generated_reference
+from tests.support.generated_check import check, error_of
 
 PARTS = 4  # of the examples, so that they can run side by side
-REASONS = {
-    "depthwise": r"(reshape|view|split|conv2d).*token",
-    "token_mean": r"mean.*token axis",
-    "token_norm": r"norm.*token axis",
-    "token_mlp": r"linear.*token axis",
-    "token_shift": r"roll.*(token|no rule)",
-    "token_sum": r"cumsum.*(token|no rule)",
-    "squeeze": r"amax.*token axis",
-    "reduced_keys": r"(reshape|view|conv2d).*token",
-    "windows": r"(reshape|view).*token",
-}
 
 
 def configs() -> st.SearchStrategy[Config]:
@@ -51,63 +33,6 @@ def plans(draw: Any, config: Config) -> dict[int, float]:
     fit = [block for block in range(config.depth) if config.can_idle(block)]
     chosen = draw(st.lists(st.sampled_from(fit), min_size=1, unique=True))
     return {block: draw(st.integers(17, 95)) / 100 for block in sorted(chosen)}
-
-
-def error_of(actual: Any, expected: Any) -> float:
-    """The largest relative error of any tensor in two outputs of one structure."""
-    (ours, structure), (theirs, wanted) = tree_flatten(actual), tree_flatten(expected)
-    assert structure == wanted
-    return max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor))
-
-
-def equal(actual: Any, expected: Any) -> bool:
-    (ours, structure), (theirs, wanted) = tree_flatten(actual), tree_flatten(expected)
-    return structure == wanted and all(
-        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, theirs, strict=True)
-    )
-
-
-def convert(model: torch.nn.Module, config: Config, keep: dict[int, float]) -> Any:
-    return idlefx.convert(
-        model, list(keep), list(keep.values()), schedule="blocks", example_inputs=inputs(config, 2, seed=9)
-    )
-
-
-def check_table(blocks: idlefx.BlockTable, config: Config) -> None:
-    """What `inspect` says about the blocks."""
-    assert len(blocks) == config.depth, str(blocks)
-    for block in blocks:
-        if config.can_idle(block.index):
-            assert block.can_idle, block.refusal
-            found = (block.image_tokens, block.prefix, block.class_token)
-            assert found == (config.image_tokens, config.prefix_at(block.index), config.class_at(block.index))
-        else:
-            assert re.search(REASONS[config.unfit], block.refusal), block.refusal
-            assert re.search(r"generated\w*\.py:\d+: ", block.refusal), block.refusal
-
-
-def check(config: Config, keep: dict[int, float]) -> bool:
-    """Convert one model by one plan; False where rounding decides what is kept, and nothing can be said."""
-    model = build(config)
-    kept = {block: max(1, int(ratio * config.image_tokens + 1e-9)) for block, ratio in keep.items()}
-    x = inputs(config, 3, seed=1)
-    expected = generated_reference.run(model, kept, x)
-    if expected.margin <= CLEAR_MARGIN:
-        return False
-    traced = capture(model, inputs(config, 2, seed=9))  # once for all conversions: it is what takes long
-    with patch.object(pipeline, "capture", return_value=traced):
-        idle, same = convert(model, config, keep), convert(model, config, dict.fromkeys(keep, 1.0))
-        if config.unfit != "none":
-            with pytest.raises(idlefx.IdleFxError, match=REASONS[config.unfit]):
-                convert(model, config, {1: 0.5})
-    check_table(idle.plan.blocks, config)
-    with torch.no_grad():
-        chosen, actual = selections(idle, *x), idle(*x)
-    assert chosen.keys() == expected.selected.keys()
-    assert all(torch.equal(positions, expected.selected[block]) for block, positions in chosen.items())
-    assert error_of(actual, expected.output) <= 1e-5
-    assert equal(same(*x), model(*x))  # with gradients, where nn.MultiheadAttention takes no fast path
-    return True
 
 
 HARD = [  # combinations in which it is hard to see where a block begins and ends, or who reads what
@@ -129,7 +54,7 @@ def test_hard_combination(config: Config, keep: dict[int, float]) -> None:
     assert check(config, keep)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
 def test_converted_equals_reference_or_is_refused_truly(part: int) -> None:
     @given(st.data())
     def converts(data: st.DataObject) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def codes():
     """The generated code by name; in a process of its own, which believes in a GPU."""
-    command = [sys.executable, str(Path(__file__).with_name("mock_cuda.py"))]
+    command = [sys.executable, "-m", "tests.support.mock_cuda"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from models import build, images
 
 import idlefx
 from idlefx.runtime import ops
+from tests.models.small import build, images
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,8 +1,7 @@
 """What is found in a model before anything is done to it."""
 
-from models import DEPTH, build, build_mixing, fingerprint, image_tokens, images
-
 import idlefx
+from tests.models.small import DEPTH, build, build_mixing, fingerprint, image_tokens, images
 
 
 def test_every_block_of_a_small_vit_is_found(name, model, spec):

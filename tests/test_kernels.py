@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 
 import idlefx
 from idlefx.runtime import ops
+from tests.models import small
 
 triton = pytest.importorskip("triton")
 
@@ -26,10 +26,9 @@ from idlefx.runtime import triton_kernels  # noqa: E402
 @pytest.fixture(scope="module")
 def differences():
     """How far the interpreted kernels are from what they stand for, and from something else."""
-    script = Path(__file__).with_name("interpreted.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parents[1], env=environment)
+    command = [sys.executable, "-m", "tests.support.interpreted"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
@@ -48,8 +47,8 @@ def test_query_is_the_same_up_to_rounding(differences):
     ("gradients", "wanted"), [(False, ["norm_linear", "choose_tokens"]), (True, ["choose_tokens"])]
 )
 def test_compiler_sees_them_in_one_graph_for_all_batches(gradients, wanted, monkeypatch):
-    model = models.build("vit")
-    idle, x = idlefx.convert(model, [1, 2], 0.5), models.images(model, 4)
+    model = small.build("vit")
+    idle, x = idlefx.convert(model, [1, 2], 0.5), small.images(model, 4)
     expected, seen = idle(x), []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:

@@ -4,12 +4,12 @@ import resource
 
 import pytest
 import torch
-from models import build, images
 
 import idlefx
 from idlefx.cli.main import main
 from idlefx.deploy.onnx import _sort
 from idlefx.runtime import ops
+from tests.models.small import build, images
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

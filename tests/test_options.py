@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from models import build
 
 import idlefx
 from idlefx import PlanOptions
+from tests.models.small import build
 
 # Every value off its default: an option that is forgotten on some way comes back as something else.
 ODD = PlanOptions([1, 3], [0.5, 0.3], "blocks", "norm", False, 8, (0, 2))

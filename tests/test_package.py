@@ -8,19 +8,19 @@ import zipfile
 
 import pytest
 import torch
-from models import build, images
 from safetensors.torch import load_file, save_file
 
 import idlefx
 from idlefx.deploy import artifacts
 from idlefx.deploy.manifest import KEY
+from tests.models.small import build, images
 
 CLASSES = [f"class {index}" for index in range(10)]
 ALONE = """
 import sys
 class Refuse:
     def find_spec(self, name, *_):
-        if name.partition(".")[0] in ("timm", "torchvision", "transformers", "models"):
+        if name.partition(".")[0] in ("timm", "torchvision", "transformers", "tests"):
             raise ImportError(f"{name} was asked for")
 sys.meta_path.insert(0, Refuse())
 import idlefx
@@ -45,7 +45,7 @@ def packaged(idle, tmp_path_factory):
 @pytest.fixture
 def never(monkeypatch):
     """Nothing may be compiled, and nothing compiled may be loaded."""
-    for name in ("build_artifact", "open_artifact", "port"):
+    for name in ("build_artifact", "open_artifact", "make_program"):
         monkeypatch.setattr(artifacts, name, lambda *_: pytest.fail("it went too far"))
 
 

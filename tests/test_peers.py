@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, convert
-from models import build, images
 from torch import Tensor, nn
 
 import idlefx
@@ -18,6 +16,8 @@ from idlefx.bench.plot import figure, plot, points
 from idlefx.bench.results import Bench, Timing
 from idlefx.bench.tables import summary
 from idlefx.errors import InputError
+from tests.models.small import build, images
+from tests.support.cases import Case, convert
 
 PATCH = """
 def apply_patch(model):
@@ -29,7 +29,7 @@ def apply_patch(model):
     model.blocks.__class__ = Shorter
 """
 COMMAND = [
-    "bench", "--model", "test_peers:named", "--example-shape", "2,3,48,48", "--layers", "1", "2", "--keep", "0.5",
+    "bench", "--model", f"{__name__}:named", "--example-shape", "2,3,48,48", "--layers", "1", "2", "--keep", "0.5",
     "--batch", "2", "--eager", "--seconds", "0",
 ]  # fmt: skip
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from models import build, images
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -14,6 +13,7 @@ from idlefx.deploy.artifacts import Artifact
 from idlefx.deploy.io_schema import structure_of
 from idlefx.deploy.manifest import manifest_of
 from idlefx.deploy.program import make_program
+from tests.models.small import build, images
 
 
 class Pair(NamedTuple):

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from models import DEPTH, build, images
 from torch import nn
 
 import idlefx
 import idlefx.finetune
+from tests.models.small import DEPTH, build, images
 
 LOADED = "import sys, idlefx; print([m for m in ('matplotlib', 'torch._inductor') if m in sys.modules])"
 

@@ -1,12 +1,13 @@
 """The reference that the conversions are compared with is itself held to the definition."""
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import DEPTH, MODELS, build, fingerprint, image_tokens, images
 from torch import nn
+
+from tests.models.small import DEPTH, MODELS, build, fingerprint, image_tokens, images
+from tests.oracles import reference
 
 CHANGES = {
     "mode": lambda model: model.blocks[0].train(),

@@ -5,8 +5,6 @@ import re
 import pytest
 import timm
 import torch
-from cases import Case, convert
-from models import build, build_mixing, fingerprint, images
 from torch import nn
 
 import idlefx
@@ -16,6 +14,9 @@ from idlefx.capture.export import capture
 from idlefx.graph.build import add_call
 from idlefx.pipeline import spell
 from idlefx.rewriting.rebuilder import Rebuilder
+from tests.models.small import build, build_mixing, fingerprint, images
+from tests.support.cases import Case, convert
+from tests.support.messages import says
 
 aten = torch.ops.aten
 FAILURES = {
@@ -73,10 +74,6 @@ def refusal(model: nn.Module, **arguments: object) -> str:
     with pytest.raises(idlefx.IdleFxError) as caught:
         idlefx.convert(model, **({"layers": [1], "keep": 0.5} | arguments))
     return str(caught.value)
-
-
-def says(message: str, *words: str) -> bool:
-    return all(re.search(word, message, re.IGNORECASE) for word in words)
 
 
 def test_model_without_attention_is_refused():

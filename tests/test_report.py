@@ -1,11 +1,10 @@
 """Multiply-adds: counted as one each, attention included, before and after."""
 
 import pytest
-import timm
-from cases import Case, convert, converted
-from models import DEPTH, build, image_tokens, images
 
 import idlefx
+from tests.models.small import DEPTH, build, image_tokens, images
+from tests.support.cases import Case, convert, converted, deit_s
 
 PLAIN = ("vit", "layer_scale", "registers", "clip", "average_pool", "gap", "hand_written", "collision")
 
@@ -42,9 +41,9 @@ def test_idle_gmacs_are_those_of_the_kept_tokens_and_little_more(family):
     assert without_scores < report.idle_gmacs * 1e9 <= (without_scores + scores) * (1 + 1e-6)
 
 
+@pytest.mark.xdist_group("deit_s")
 def test_deit_s_costs_2_88_of_4_60_gmacs():
-    model = timm.create_model("deit_small_patch16_224").eval()
-    report = idlefx.report(idlefx.convert(model, layers=[3, 6, 9], keep=0.7))
+    report = idlefx.report(deit_s()[1])
     closed_form = (12 * block_macs(197, 384, 1536) + other_macs(196, 16, 384, 1000)) / 1e9
     assert report.dense_gmacs == pytest.approx(closed_form, rel=1e-6)
     assert report.dense_gmacs == pytest.approx(4.60, abs=0.005)
@@ -77,7 +76,7 @@ def test_batch_of_the_example_does_not_count():
 
 
 def test_reporting_does_not_change_the_model():
-    idle = convert(build("vit"), Case((1, 3), 0.5))
+    idle = converted("vit", Case((1, 3), 0.5))
     code, keys = idle.code, list(idle.state_dict())
     idlefx.report(idle)
     assert idle.code == code and list(idle.state_dict()) == keys

@@ -7,29 +7,29 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
-import generated
 import pytest
-import reference
 import torch
-from cases import Case, same_selections
-from cases import convert as convert_case
-from generated_config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MODELS, build, images
 from torch import Tensor, nn
 
 import idlefx
 from idlefx import __main__ as shell
 from idlefx.runtime.module import selections
 from idlefx.runtime.ops import choose_tokens
+from tests.models import generated
+from tests.models.generated.config import Config
+from tests.models.small import MODELS, build, images
+from tests.oracles import reference
+from tests.support.cases import Case, converted, same_selections
+from tests.support.cases import convert as convert_case
 
 FALLING = Case((0, 2), (0.7, 0.4))
 
 
-def double(family: str, case: Case = FALLING, **options: Any) -> tuple[nn.Module, Any]:
-    model = build(family).double()
-    return model, convert_case(model, case, example_inputs=images(model, 2).double(), reselect=False, **options)
+def double(family: str, case: Case = FALLING) -> tuple[nn.Module, Any]:
+    """A model in double precision and what becomes of it with pruning."""
+    return build(family).double(), converted(family, case, torch.float64, reselect=False)
 
 
 def plan_of(idle: Any) -> dict[int, int]:
@@ -54,7 +54,7 @@ def test_a_token_that_idles_never_works_again(family, selector):
     chosen = selections(pruned, x)
     assert returning(chosen) == 0
     assert {block: positions.shape[1] - MODELS[family].prefix for block, positions in chosen.items()} == plan_of(pruned)
-    free = convert_case(model, case, example_inputs=x)
+    free = converted(family, case, torch.float64)
     assert returning(selections(free, x)) > 0
     assert pruned(x).shape == model(x).shape
 
@@ -75,7 +75,7 @@ def test_pruned_equals_a_reference_with_fewer_candidates(family):
     expected = reference.run(model, plan, x, prefix=spec.prefix, class_position=spec.class_position, score=score)
     assert same_selections(selections(pruned, x), expected.selected)
     torch.testing.assert_close(pruned(x), expected.output, rtol=1e-11, atol=1e-12)
-    free = convert_case(model, FALLING, example_inputs=x)
+    free = converted(family, FALLING, torch.float64)
     assert not same_selections(selections(free, x), expected.selected)
 
 
@@ -108,7 +108,7 @@ def test_for_a_class_token_head_pruning_is_dropping(family):
     x = images(model, 3).double()
     dropped = drop_for_real(model, plan_of(pruned), x, MODELS[family].prefix)
     torch.testing.assert_close(pruned(x), dropped, rtol=1e-11, atol=1e-12)
-    free = convert_case(model, FALLING, example_inputs=x)
+    free = converted(family, FALLING, torch.float64)
     assert not torch.allclose(free(x), dropped, atol=1e-6)
 
 
@@ -141,7 +141,7 @@ def test_training_prunes_too_and_with_the_cut_loss():
 
 def test_plan_says_so():
     _, pruned = double("vit")
-    free = convert_case(build("vit"), FALLING)
+    free = converted("vit", FALLING)
     assert not pruned.plan.reselect and free.plan.reselect
     assert "reselect=False" in str(pruned.plan) and "never works again" in str(pruned.plan)
     assert "reselect" not in str(free.plan)
@@ -154,7 +154,7 @@ def named() -> nn.Module:
 
 @pytest.mark.parametrize(("switch", "pruned"), [("--reselect", False), ("--no-reselect", True)])
 def test_shell_prunes_if_told_to(switch, pruned, capsys):
-    command = ["convert", "--model", "test_reselect:named", "--example-shape", "2,3,48,48", "--layers", "0", "2"]
+    command = ["convert", "--model", f"{__name__}:named", "--example-shape", "2,3,48,48", "--layers", "0", "2"]
     assert shell.main([*command, switch]) == 0
     assert ("never works again" in capsys.readouterr().out) is pruned
 

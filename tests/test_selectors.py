@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import Case, convert, converted, random_case, relative_error, same_selections, wanted
-from models import DEPTH, MODELS, build, image_tokens, images
 
 import idlefx
 from idlefx.runtime.module import selections
+from tests.models.small import DEPTH, MODELS, build, image_tokens, images
+from tests.support.cases import Case, convert, converted, random_case, relative_error, same_selections, wanted
 
 EVERY_BLOCK = tuple(range(DEPTH))
 
@@ -38,7 +38,7 @@ def far_from_mean(x, k):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("schedule", ["stages", "blocks"])
+@pytest.mark.parametrize("schedule", ["stages", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_nearly_free_score_chooses_like_plain_logits(name, model, spec, schedule):
     case = random_case(name, schedule)
     plain = "logits_of_mean_image" if spec.class_position is None else "logits_of_class"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, images
 
 import idlefx
+from tests.models.small import build, images
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import build, images
 from torch import fx
 
 import idlefx
@@ -12,6 +11,7 @@ from idlefx.options import PlanOptions
 from idlefx.planning.schedule import make_plan
 from idlefx.records import Plan
 from idlefx.rewriting.verify import promise_of, verify
+from tests.models.small import build, images
 
 aten = torch.ops.aten
 

@@ -2,33 +2,34 @@
 
 import re
 from functools import partial
-from pathlib import Path
 
-import models
 import pytest
-import reference
 import torch
-from models import MODELS
 
 from idlefx.cli.main import main
 from idlefx.pipeline import convert, inspect
-from idlefx.zoo import reference as zoo_reference
-from idlefx.zoo import survey as zoo
+from idlefx.zoo import survey
 from idlefx.zoo.models import DEPTH, QUICK, Entry, entries
+from tests.models import small
+from tests.models.small import MODELS
+from tests.oracles import reference, zoo
+from tests.support import documents
 
-PLAIN = partial(models.build, "vit")
+PLAIN = partial(small.build, "vit")
 
 
 @pytest.mark.parametrize("entry", entries(quick=True), ids=lambda entry: entry.label)
 def test_row_of_the_shrunk_table(entry):
-    row = zoo.check(entry)
+    row = survey.check(entry)
     if row.missing:
         pytest.skip(row.note)
     assert not row.failure
+    (written,) = (cells for cells in documented() if cells[0] == entry.label)
+    assert written[2:4] == (str(row.found or "-"), str(row.can_idle) if row.found else "-")
     if not entry.refused:
         assert (row.found, row.can_idle, row.note) == (entry.blocks, entry.blocks, "")
         assert (row.keep_all, row.batch) == (0.0, "free")
-        assert row.reference <= zoo.TOLERANCE
+        assert row.reference <= survey.TOLERANCE
     else:
         assert "refused: " in row.note
         assert row.can_idle < max(row.found, 1)
@@ -42,7 +43,7 @@ def test_table_names_every_model_once():
 
 
 def failure(build=PLAIN, **options):
-    return zoo.check(Entry("some", "test", build, **{"blocks": 4, **options})).failure
+    return survey.check(Entry("some", "test", build, **{"blocks": 4, **options})).failure
 
 
 def test_entry_that_holds():
@@ -54,9 +55,9 @@ def test_other_number_of_blocks_fails():
 
 
 def test_refusal_that_is_not_expected_fails():
-    assert "conv1d" in failure(models.build_mixing)
-    assert "conv1d" in failure(models.build_mixing, refused="windows")
-    assert failure(models.build_mixing, refused="conv1d") == ""
+    assert "conv1d" in failure(small.build_mixing)
+    assert "conv1d" in failure(small.build_mixing, refused="windows")
+    assert failure(small.build_mixing, refused="conv1d") == ""
     assert "no attention" in failure(partial(torch.nn.Conv2d, 3, 3, 3), inputs=lambda b: torch.randn(b, 3, 8, 8))
 
 
@@ -75,23 +76,23 @@ def test_library_that_is_missing_is_said():
     def absent():
         raise ImportError("No module named 'transformers'", name="transformers")
 
-    row = zoo.check(Entry("some", "test", absent))
+    row = survey.check(Entry("some", "test", absent))
     assert (row.missing, row.failure) == (True, "")
     assert row.note == "not tried: No module named 'transformers'"
-    assert "1 were not tried" in zoo.render([row])
+    assert "1 were not tried" in survey.render([row])
 
 
 @pytest.fixture
 def case():
     """A model, its table, its conversion and a batch."""
     model = PLAIN()
-    batch = models.images(model, 3)
+    batch = small.images(model, 3)
     idle = convert(model, [1, 3], [0.5, 0.25], schedule="blocks", example_inputs=batch[:2])
     return model, inspect(model, batch), idle, batch
 
 
 def verdict(model, table, idle, batch):
-    return zoo._value_failure(0.0, zoo.compare(model, idle, table, batch))
+    return survey._value_failure(0.0, survey.compare(model, idle, table, batch))
 
 
 def test_conversion_that_is_right_passes(case):
@@ -116,9 +117,9 @@ def test_other_plan_fails(case):
 def test_other_choice_fails(case):
     model, table, _, batch = case
     idle = convert(model, [1, 3], [0.5, 0.25], schedule="blocks", selector="norm", example_inputs=batch[:2])
-    found = zoo.compare(model, idle, table, batch)
-    assert found.error <= zoo.TOLERANCE
-    assert "chooses other tokens" in zoo._value_failure(0.0, found)
+    found = survey.compare(model, idle, table, batch)
+    assert found.error <= survey.TOLERANCE
+    assert "chooses other tokens" in survey._value_failure(0.0, found)
 
 
 def test_prefix_token_that_idles_fails(case):
@@ -129,27 +130,27 @@ def test_prefix_token_that_idles_fails(case):
 
 
 def test_keeping_all_must_be_exact():
-    assert "1e-09" in zoo._value_failure(1e-9, zoo.Comparison(0.0, 0.0))
+    assert "1e-09" in survey._value_failure(1e-9, survey.Comparison(0.0, 0.0))
 
 
 def test_what_is_not_a_number_fails():
-    nan = zoo.largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")]))
-    assert "differs" in zoo._value_failure(0.0, zoo.Comparison(nan, 0.0))
+    nan = survey.largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")]))
+    assert "differs" in survey._value_failure(0.0, survey.Comparison(nan, 0.0))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["vit", "distilled", "qk_norm_gap", "hand_written", "parallel_things", "registers"])
 def test_hiding_keys_is_gathering_tokens(family):
-    model, spec = models.build(family), MODELS[family]
-    x = models.images(model, 3)
+    model, spec = small.build(family), MODELS[family]
+    x = small.images(model, 3)
     keeps = {"blocks.1": 0.4, "blocks.2": 0.7}
-    count = models.image_tokens(model)
-    plan = {int(path[-1]): zoo_reference.kept_tokens(keep, count) for path, keep in keeps.items()}
+    count = small.image_tokens(model)
+    plan = {int(path[-1]): zoo.kept_tokens(keep, count) for path, keep in keeps.items()}
     gathered = reference.run(model, plan, x, prefix=spec.prefix, class_position=spec.class_position)
-    tokens = zoo_reference.look(model, [f"blocks.{i}" for i in range(models.DEPTH)], lambda: model(x))
-    assert set(tokens.values()) == {zoo_reference.Tokens(tuple(range(spec.prefix)), spec.class_position)}
+    tokens = zoo.look(model, [f"blocks.{i}" for i in range(small.DEPTH)], lambda: model(x))
+    assert set(tokens.values()) == {zoo.Tokens(tuple(range(spec.prefix)), spec.class_position)}
     chosen = {f"blocks.{block}": index for block, index in gathered.selected.items()}
-    answer = zoo_reference.idle(model, keeps, tokens, chosen, lambda: model(x))
+    answer = zoo.idle(model, keeps, tokens, chosen, lambda: model(x))
     assert answer.excess == 0.0
     assert torch.allclose(answer.output, gathered.output, atol=1e-5)
 
@@ -166,7 +167,7 @@ def test_command_writes_the_table(tmp_path, capsys):
 
 
 def test_command_fails_with_a_row(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(zoo, "entries", lambda quick: [Entry("odd", "test", PLAIN, blocks=7)])
+    monkeypatch.setattr(survey, "entries", lambda quick: [Entry("odd", "test", PLAIN, blocks=7)])
     assert main(["zoo", "--markdown", str(tmp_path / "zoo.md")]) == 1
     assert "1 FAIL" in capsys.readouterr().out
     assert "FAILS: 4 blocks found instead of 7" in (tmp_path / "zoo.md").read_text()
@@ -185,11 +186,10 @@ def test_command_refuses(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_docs_hold_the_table():
-    table = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
-    rows = [
-        line.split("|")[1].strip()
-        for line in table.splitlines()
-        if re.match(r"\|.*\| (timm|transformers|torchv)", line)
-    ]
-    assert rows == [entry.label for entry in entries()]
+def documented():
+    """The rows of the table in the documents."""
+    return [row for row in documents.rows() if len(row) == 8 and re.match("timm|transformers|torchvision", row[1])]
+
+
+def test_documents_hold_the_table():
+    assert [row[:2] for row in documented()] == [(entry.label, entry.family) for entry in entries()]

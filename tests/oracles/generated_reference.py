@@ -12,10 +12,12 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from generated import Block, ViT
-from generated_attention import Attention
-from generated_config import MULTIHEAD, TOKENS_BEFORE_HEADS
 from torch import Tensor
+
+from tests.models.generated.attention import Attention
+from tests.models.generated.block import Block
+from tests.models.generated.config import MULTIHEAD, TOKENS_BEFORE_HEADS
+from tests.models.generated.vit import ViT
 
 
 class Result(NamedTuple):

@@ -17,6 +17,7 @@ import idlefx
 from idlefx.training.config import Settings
 from idlefx.training.loader import ImageLoader
 
+MODEL = f"{__name__}:vit"  # as the shell and emitted scripts name it
 CLASSES, SIDE = 4, 16
 PLAIN = Settings(epochs=2, lr=1e-3, mixup=0.0, cutmix=0.0, smoothing=0.0)
 COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [180, 180, 60]])

@@ -1,8 +1,8 @@
 """Let Inductor write its code for a GPU on a machine that has none; the code is read, never run.
 
-`python tests/mock_cuda.py` prints, as JSON, what it generates in bfloat16 for a dense model, for its idling twin (with
-a batch of eight and with a free batch), for the gradients of taking and putting tokens, and for a careless spelling
-of an idling block. It patches torch all over, so it runs in a process of its own.
+`python -m tests.support.mock_cuda` prints, as JSON, what it generates in bfloat16 for a dense model, for its idling
+twin (with a batch of eight and with a free batch), for the gradients of taking and putting tokens, and for a careless
+spelling of an idling block. It patches torch all over, so it runs in a process of its own.
 """
 
 import contextlib

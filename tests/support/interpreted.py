@@ -1,7 +1,7 @@
 """Run the Triton kernels on a machine without a GPU, by Triton's interpreter, against what they stand for.
 
-`python tests/interpreted.py`, with TRITON_INTERPRET=1 in its environment, which has to be there before Triton is
-imported; so it is a process of its own. It prints, as JSON, the largest differences by kernel.
+`python -m tests.support.interpreted`, with TRITON_INTERPRET=1 in its environment, which has to be there before
+Triton is imported; so it is a process of its own. It prints, as JSON, the largest differences by kernel.
 """
 
 import json

@@ -13,6 +13,13 @@ from torch import nn
 DEPTH = 4
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": DEPTH, "num_classes": 10}
 SQUARE = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "num_heads": 1}
+DROPOUTS = {
+    "proj_drop_rate": 0.2,
+    "attn_drop_rate": 0.2,
+    "drop_path_rate": 0.3,
+    "drop_rate": 0.1,
+    "pos_drop_rate": 0.1,
+}
 TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "latent")
 
 
@@ -64,6 +71,18 @@ class Mixing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mixed = self.mix(self.norm(x).transpose(1, 2)).transpose(1, 2)
         return x + self.attn(mixed)
+
+
+class Wrapper(nn.Module):
+    """A model inside a model, with inputs and outputs of its own."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, picture: torch.Tensor, gain: torch.Tensor) -> dict[str, object]:
+        logits = self.net(picture * gain)
+        return {"logits": logits, "pair": (logits.argmax(-1), gain)}
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@ import random
 from functools import cache
 from typing import Any, NamedTuple
 
-import reference
+import timm
 import torch
-from models import DEPTH, MODELS, build, image_tokens, images
-from reference import Result
+from torch import nn
 
 import idlefx
+from tests.models.small import DEPTH, MODELS, build, image_tokens, images
+from tests.oracles import reference
+from tests.oracles.reference import Result
 
 SCHEDULES = ("stages", "blocks")
 CLEAR_MARGIN = 3e-5
@@ -52,9 +54,18 @@ def convert(model: torch.nn.Module, case: Case, **options: Any) -> Any:
 
 
 @cache
-def converted(name: str, case: Case) -> Any:
+def converted(name: str, case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The converted model; shared between tests, so copy it before changing it."""
-    return convert(build(name), case)
+    model = build(name).to(dtype)
+    return convert(model, case, example_inputs=images(model, 2, seed=99).to(dtype), **options)
+
+
+@cache
+def deit_s() -> tuple[nn.Module, Any]:
+    """DeiT-S with random weights and what becomes of it at the published plan; shared, so only read it."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_small_patch16_224").eval()
+    return model, idlefx.convert(model, layers=[3, 6, 9], keep=0.7)
 
 
 def wanted_plan(model: torch.nn.Module, case: Case) -> dict[int, int]:

@@ -1,0 +1,87 @@
+"""Convert a generated model and compare it with its reference in all that can be seen from outside."""
+
+import re
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+import idlefx
+from idlefx import pipeline
+from idlefx.capture.export import capture
+from idlefx.runtime.module import selections
+from tests.models.generated import Config, build, inputs
+from tests.oracles import generated_reference
+from tests.support.cases import CLEAR_MARGIN, relative_error
+
+REASONS = {
+    "depthwise": r"(reshape|view|split|conv2d).*token",
+    "token_mean": r"mean.*token axis",
+    "token_norm": r"norm.*token axis",
+    "token_mlp": r"linear.*token axis",
+    "token_shift": r"roll.*(token|no rule)",
+    "token_sum": r"cumsum.*(token|no rule)",
+    "squeeze": r"amax.*token axis",
+    "reduced_keys": r"(reshape|view|conv2d).*token",
+    "windows": r"(reshape|view).*token",
+}
+
+
+def error_of(actual: Any, expected: Any) -> float:
+    """The largest relative error of any tensor in two outputs of one structure."""
+    (ours, structure), (theirs, wanted) = tree_flatten(actual), tree_flatten(expected)
+    assert structure == wanted
+    return max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor))
+
+
+def equal(actual: Any, expected: Any) -> bool:
+    (ours, structure), (theirs, wanted) = tree_flatten(actual), tree_flatten(expected)
+    return structure == wanted and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def convert(model: torch.nn.Module, config: Config, keep: dict[int, float]) -> Any:
+    return idlefx.convert(
+        model, list(keep), list(keep.values()), schedule="blocks", example_inputs=inputs(config, 2, seed=9)
+    )
+
+
+def check_table(blocks: idlefx.BlockTable, config: Config) -> None:
+    """What `inspect` says about the blocks."""
+    assert len(blocks) == config.depth, str(blocks)
+    for block in blocks:
+        if config.can_idle(block.index):
+            assert block.can_idle, block.refusal
+            found = (block.image_tokens, block.prefix, block.class_token)
+            assert found == (config.image_tokens, config.prefix_at(block.index), config.class_at(block.index))
+        else:
+            assert re.search(REASONS[config.unfit], block.refusal), block.refusal
+            assert re.search(r"(mlp|unfit)\.py:\d+: ", block.refusal), block.refusal
+
+
+def check(config: Config, keep: dict[int, float]) -> bool:
+    """Convert one model by one plan; False where rounding decides what is kept, and nothing can be said."""
+    model = build(config)
+    kept = {block: max(1, int(ratio * config.image_tokens + 1e-9)) for block, ratio in keep.items()}
+    x = inputs(config, 3, seed=1)
+    expected = generated_reference.run(model, kept, x)
+    if expected.margin <= CLEAR_MARGIN:
+        return False
+    traced = capture(model, inputs(config, 2, seed=9))  # once for all conversions: it is what takes long
+    with patch.object(pipeline, "capture", return_value=traced):
+        idle, same = convert(model, config, keep), convert(model, config, dict.fromkeys(keep, 1.0))
+        if config.unfit != "none":
+            with pytest.raises(idlefx.IdleFxError, match=REASONS[config.unfit]):
+                convert(model, config, {1: 0.5})
+    check_table(idle.plan.blocks, config)
+    with torch.no_grad():
+        chosen, actual = selections(idle, *x), idle(*x)
+    assert chosen.keys() == expected.selected.keys()
+    assert all(torch.equal(positions, expected.selected[block]) for block, positions in chosen.items())
+    assert error_of(actual, expected.output) <= 1e-5
+    assert equal(same(*x), model(*x))  # with gradients, where nn.MultiheadAttention takes no fast path
+    return True

@@ -1,0 +1,69 @@
+"""Numbers in README.md and docs/ against what the commands compute, and against the results that are shipped."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+import idlefx
+from examples import study
+from idlefx.bench.results import Bench, Timing
+from idlefx.bench.tables import summary
+from idlefx.demo.model import glyph_vit
+from tests.support import documents
+from tests.support.cases import deit_s
+
+RESULTS = documents.ROOT / "examples" / "results"
+
+
+@pytest.mark.xdist_group("deit_s")
+def test_deit_s_keeps_and_costs_what_is_written():
+    _, converted = deit_s()
+    report, kept = idlefx.report(converted), list(dict.fromkeys(step.kept for step in converted.plan))
+    assert re.search(r"\D{1,9}".join(map(str, kept)), documents.text()), kept
+    dense, idle = (f"{gmacs:.2f}".rstrip("0") for gmacs in (report.dense_gmacs, report.idle_gmacs))
+    assert re.search(rf"\b{dense}0?\D{{1,9}}{idle}\b", documents.text()), (dense, idle)
+
+
+def benches(name: str) -> list[Bench]:
+    """The benches of a file of results, as `bench` had them."""
+    found = []
+    for entry in json.loads((RESULTS / name).read_text())["benches"]:
+        timings = tuple(
+            Timing(t["mode"], t["batch"], {m: tuple(ms) for m, ms in t["ms"].items()}) for t in entry["timings"]
+        )
+        found.append(Bench(entry["title"], entry["machine"], entry["gmacs"], timings))
+    return found
+
+
+def test_table_of_times_is_that_of_the_shipped_results():
+    measured = [
+        documents.cells(line)
+        for name in ("bench_deit.json", "bench_large.json")
+        for line in summary(benches(name)).splitlines()
+    ]
+    written = [row for row in documents.rows() if len(row) == 10 and row[-1] in ("faster", "slower", "not told apart")]
+    assert len(written) >= 12
+    assert [row for row in written if row not in measured] == []
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    return json.loads((RESULTS / "study.json").read_text())
+
+
+def test_tables_of_the_study_are_those_of_the_shipped_results(results):
+    lines = [line for line in study.tables(results).splitlines() if line and not line.startswith("|-")]
+    assert len(lines) > 20
+    written = set(documents.rows())
+    missing = [line for line in lines if documents.cells(line) not in written and line not in documents.text()]
+    assert missing == []
+
+
+@pytest.mark.parametrize(("layers", "keep"), [(study.PUBLISHED, 0.7), (study.EARLY, 0.5)])
+def test_study_counted_what_a_conversion_costs_now(results, layers, keep):
+    report = idlefx.report(idlefx.convert(glyph_vit(), list(layers), keep))
+    (run, *_) = study.find(results, layers, keep, "idle")
+    assert report.dense_gmacs == pytest.approx(run["dense_gmacs"])
+    assert report.idle_gmacs == pytest.approx(run["idle_gmacs"])
