@@ -1,21 +1,16 @@
 """What the shell understands: plans, lists, photographs anywhere, former names, help and usage."""
 
 import json
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
-import idlefx
 from idlefx import PlanOptions
 from idlefx.cli import finetune_options
 from idlefx.cli import main as shell
 from idlefx.cli.arguments import plan_options
-from idlefx.cli.commands import COMMANDS
-from idlefx.cli.exit_codes import exit_code_of
 from idlefx.cli.finetune import main as finetune
 from idlefx.demo.model import glyph_vit
 from idlefx.planning import selectors
@@ -242,84 +237,3 @@ def test_convert_writes_the_models_own_weights_with_the_plan_and_says_so(tmp_pat
     assert options == PlanOptions([9], 0.5)
     dense = glyph_vit().state_dict()
     assert weights.keys() == dense.keys() and all(weights[name].equal(dense[name]) for name in dense)
-
-
-# Help, version, usage and exit codes
-
-
-def test_help_names_every_command_and_the_door_of_fine_tuning(capsys):
-    told, code = shown_by(shell.main, "--help", capsys=capsys)
-    assert code == 0 and "`python -m idlefx.finetune`" in told
-    for command in [*COMMANDS, "finetune"]:
-        assert f" {command} " in told
-    (choices,) = (action.choices for action in shell._parser()._actions if action.dest == "command")
-    assert list(choices) == [*COMMANDS, "finetune"]
-
-
-def test_fine_tuning_is_a_command_too(tmp_path, capsys):
-    told, code = shown_by(shell.main, "finetune", "--layers", "x", capsys=capsys)
-    assert code == 2 and told.startswith("usage: python -m idlefx.finetune ")
-    assert shell.main(["finetune", "--resume", str(tmp_path)]) == 2
-    assert "there is no run in" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", [["--version"], ["finetune", "--version"]])
-def test_version(words, capsys):
-    assert shown_by(shell.main, *words, capsys=capsys) == (f"idlefx {idlefx.__version__}", 0)
-
-
-@pytest.mark.parametrize(
-    ("words", "command", "message"),
-    [
-        (["draw", "--model", "x"], "draw", "the following arguments are required: --layers, --out"),
-        (["zoo", "--fast"], "zoo", "unrecognized arguments: --fast"),
-        (["inspect", *MODEL, "photo.jpg"], "inspect", "unrecognized arguments: photo.jpg"),
-        ([*LEADING["convert"], "--schedule", "odd"], "convert", "argument --schedule: invalid choice: 'odd'"),
-    ],
-)
-def test_an_error_shows_the_usage_of_its_command(words, command, message, capsys):
-    told, code = shown_by(shell.main, *words, capsys=capsys)
-    assert code == 2 and told.startswith(f"usage: python -m idlefx {command} ")
-    assert message in told and told.endswith(f"`python -m idlefx {command} --help` explains all arguments")
-
-
-def test_an_error_without_a_command_names_those_there_are(capsys):
-    for words in ([], ["plant"]):
-        told, code = shown_by(shell.main, *words, capsys=capsys)
-        assert code == 2 and "COMMAND" in told and "`python -m idlefx --help`" in told
-    assert "'inspect'" in told or "inspect, convert" in told
-
-
-QUICK = """
-import contextlib, sys
-from idlefx.cli.finetune import main as finetune
-from idlefx.cli.main import main
-for run, words in [(main, ["--help"]), (main, ["--version"]), (main, ["convert", "--help"]), (main, ["draw"]),
-                   (main, ["bench", "--keep", "x"]), (finetune, ["--help"]), (finetune, ["--layers", "x"])]:
-    with contextlib.suppress(SystemExit):
-        run(words)
-print("imported:", *sorted({"torch", "timm", "matplotlib"} & sys.modules.keys()))
-"""
-
-
-def test_help_and_errors_of_arguments_do_without_torch():
-    done = subprocess.run([sys.executable, "-c", QUICK], capture_output=True, text=True, check=True)
-    assert (done.stdout.count("usage: "), done.stderr.count("usage: ")) == (3, 3)
-    assert done.stdout.splitlines()[-1] == "imported:"
-
-
-def test_exit_codes(capsys):
-    def refused():
-        raise idlefx.InputError("plan: no")
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    assert [exit_code_of(command) for command in (lambda: 0, lambda: 1, refused, interrupted)] == [0, 1, 2, 130]
-    assert capsys.readouterr().err == "error: plan: no\ninterrupted\n"
-
-
-def test_a_plan_that_no_model_could_have_is_refused_before_the_model_is_made(capsys):
-    for command in (["convert"], ["draw", "--out", "t.png"]):
-        assert shell.main([*command, "--model", "no_such_vit", "--layers", "3", "--keep", "1.5"]) == 2
-        assert "keep=1.5 is not in (0, 1]" in capsys.readouterr().err
