@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from torch import fx
+from models import build, images
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
+import idlefx
 from idlefx.passes import lower_spellings
 from idlefx.records import BlockTable, Plan
 from idlefx.rewriting.einsum import parse_equation
@@ -19,6 +21,17 @@ OTHERS = [
     "bid->bdi", "bid,bid->bid", "bid,hje->bidhje", "bid,bjd->bi", "bii,bid->bd", "bid,d->bi", "bhid,bjed->bhije",
     "bid,de,bie->bi", "...id,...jd", "...id,j...->ij...",
 ]  # fmt: skip
+
+
+class WeightsFirst(nn.Module):
+    """A linear layer as an `einsum` that names the weights in front of the tokens."""
+
+    def __init__(self, linear: nn.Linear, heads: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(linear.weight.unflatten(0, (heads, -1))), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("hdc,bnc->bnhd", self.weight, x).flatten(2) + self.bias
 
 
 def lowered(equation: str, *shapes: list[int]) -> fx.GraphModule:
@@ -63,3 +76,13 @@ def test_letters_are_told_apart_by_where_they_stand():
     assert queries_by_keys is not None and queries_by_keys.is_matrix_product
     kinds = (queries_by_keys.stacked, queries_by_keys.summed, queries_by_keys.rows, queries_by_keys.columns)
     assert kinds == ("bh", "d", "i", "j")
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_weights_may_stand_in_front_of_the_tokens(heads):
+    plain, model = build("vit"), build("vit")
+    for block in model.blocks:
+        block.attn.proj = WeightsFirst(block.attn.proj, heads)
+    x = images(model, 3)
+    wanted, idle = (idlefx.convert(each, [1], 0.5, example_inputs=x) for each in (plain, model))
+    torch.testing.assert_close(idle(x), wanted(x))

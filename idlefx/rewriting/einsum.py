@@ -17,7 +17,7 @@ from torch import fx
 
 from idlefx.graph.build import add_call
 from idlefx.graph.queries import argument
-from idlefx.graph.sizes import shape_of
+from idlefx.graph.sizes import FREE_BATCH, shape_of
 
 aten = torch.ops.aten
 
@@ -114,8 +114,13 @@ def add_product(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if equation is None or not equation.is_matrix_product:
         return None
     first, second = operands
+    widths = _sizes(second, equation.second, equation.columns)
+    if len(widths) > 1 and FREE_BATCH in widths:
+        # Columns are merged and split again, for which the batch would have to be a number; rows stay as they are.
+        first, second = second, first
+        equation = ProductEquation(equation.second, equation.first, equation.output)
+        widths = _sizes(second, equation.second, equation.columns)
     stacked, summed, rows, columns = equation.stacked, equation.summed, equation.rows, equation.columns
-    widths = [shape_of(second)[equation.second.index(c)] for c in columns]
     left = _ordered(graph, first, equation.first, stacked + rows + summed, node)
     left = _merged(graph, left, len(stacked + rows), len(summed), node)
     right = _ordered(graph, second, equation.second, stacked + summed + columns, node)
@@ -125,6 +130,11 @@ def add_product(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if len(columns) > 1:
         product = add_call(graph, aten.unflatten.int, product, len(rows), widths, name="einsum_split", like=node)
     return _ordered(graph, product, stacked + rows + columns, equation.output, node)
+
+
+def _sizes(operand: fx.Node, letters: str, wanted: str) -> list[int]:
+    """Sizes of the wanted ones of an operand's dimensions, which have these letters."""
+    return [shape_of(operand)[letters.index(c)] for c in wanted]
 
 
 def _ordered(graph: fx.Graph, operand: fx.Node, letters: str, wanted: str, like: fx.Node) -> fx.Node:
