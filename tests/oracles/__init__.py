@@ -1,8 +1,9 @@
 """Token idling written from its definition, without a look at the passes: what conversions are compared with.
 
-`reference` runs a timm model with only the working tokens in each block; `masked` lets all tokens through and hides
-the idle ones, with the token cut loss; `generated_reference` does so for the models of `tests.models.generated`. The
-fourth, `zoo`, is `idlefx.zoo.reference`: it masks any model by its attention calls, and ships with the zoo command.
+1. `reference` runs a timm model with only the working tokens in each block.
+2. `masked` lets all tokens through, hides the idle ones and puts them back, with the token cut loss.
+3. `generated_reference` hides them in the models of `tests.models.generated`; `masked_generated` adds the loss.
+4. `zoo`, which is `idlefx.zoo.reference`, hides them in any model by its attention calls; the zoo command ships it.
 """
 
 from idlefx.zoo import reference as zoo
