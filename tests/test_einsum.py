@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from models import build, images
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
@@ -10,6 +9,7 @@ import idlefx
 from idlefx.passes import lower_spellings
 from idlefx.records import BlockTable, Plan
 from idlefx.rewriting.einsum import parse_equation
+from tests.models.small import build, images
 
 aten = torch.ops.aten
 SIZES = {"b": 2, "h": 3, "i": 4, "j": 5, "d": 6, "e": 7}
