@@ -9,7 +9,6 @@ from torch import fx
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Layout, Runs
 from idlefx.analysis.refusal import refuse
-from idlefx.graph.queries import argument as argument  # until passes/query.py takes it from there
 from idlefx.graph.queries import value
 from idlefx.graph.sizes import plain_shape
 
