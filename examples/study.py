@@ -2,6 +2,7 @@
 
 Idling is compared with pruning, where a token that idles once never returns, on the same budget; with and without the
 token cut loss; and by token score. Every result is kept as soon as it is there; an interrupted study goes on.
+One file, as it is read from top to bottom: runs, tables, plot.
 """
 
 import argparse

@@ -21,10 +21,6 @@ class PlanError(IdleFxError):
     """Layers, keep ratios, schedule or selector do not fit the model."""
 
 
-class UnknownOperation(IdleFxError):
-    """The token axis cannot be followed through an operation."""
-
-
 class PassError(IdleFxError):
     """A pass left the graph in a state that breaks a promise; names the pass."""
 

@@ -6,6 +6,11 @@ scripts import from here what they need.
 
 import sys
 
+if __name__ == "__main__":  # before the imports for scripts, which the help of the command can do without
+    from idlefx.cli.finetune import main
+
+    sys.exit(main())
+
 from idlefx.capture.models import load_model
 from idlefx.training.config import Settings
 from idlefx.training.datasets import Source, open_loaders
@@ -13,8 +18,3 @@ from idlefx.training.distributed import interrupts, processes
 from idlefx.training.loop import evaluate, finetune
 
 __all__ = ["Settings", "Source", "evaluate", "finetune", "interrupts", "load_model", "open_loaders", "processes"]
-
-if __name__ == "__main__":
-    from idlefx.cli.finetune import main
-
-    sys.exit(main())

@@ -11,6 +11,7 @@ from idlefx.errors import PlanError
 Schedule = Literal["stages", "blocks"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 AUTO = "auto"
+SELECTORS = (AUTO, "class", "mean", "norm", "random")  # those that are built in
 
 
 @dataclass(frozen=True)

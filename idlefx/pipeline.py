@@ -172,19 +172,25 @@ def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.Graph
     promise = promise_of(module)
     for node in module.graph.nodes:
         inference.trust(node)  # the trace, or the runner before, has inferred it
-    for step in passes:
-        try:
-            module = step(module, plan)
-        except IdleFxError:
-            raise
-        except Exception as error:
-            raise PassError(f"in pass {step.__name__}: {type(error).__name__}: {error}") from error
-        if step is add_cut_loss:  # the one pass that promises more than it found
-            promise = replace(promise, outputs=(*promise.outputs, *promise_of(module).outputs[-1:]))
-        verify(module, promise, step.__name__)
-    inference.forget(module.graph)
+    try:
+        for step in passes:
+            module = _apply(step, module, plan)
+            if step is add_cut_loss:  # the one pass that promises more than it found
+                promise = replace(promise, outputs=(*promise.outputs, *promise_of(module).outputs[-1:]))
+            verify(module, promise, step.__name__)
+    finally:
+        inference.forget(module.graph)
     module.recompile()
     return module
+
+
+def _apply(step: Pass, module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    try:
+        return step(module, plan)
+    except IdleFxError:
+        raise
+    except Exception as error:
+        raise PassError(f"in pass {step.__name__}: {type(error).__name__}: {error}") from error
 
 
 def _origin(model: nn.Module) -> str:

@@ -13,12 +13,11 @@ import torch
 from torch import fx
 
 from idlefx.graph.build import add_call
-from idlefx.graph.queries import Call, image_data, remove_dead
-from idlefx.graph.sizes import shape_of
+from idlefx.graph.queries import image_data, remove_dead, tensor_argument
 from idlefx.records import Plan
+from idlefx.rewriting.einsum import add_product
 
 aten = torch.ops.aten
-
 
 _CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default)
 
@@ -31,7 +30,7 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     for node in list(graph.nodes):
         with graph.inserting_before(node):
             if node.target is aten.einsum.default:
-                _replace(node, _product(graph, node))
+                _replace(node, add_product(graph, node))
             elif node.target is aten.baddbmm.default:
                 _replace(node, _product_and_sum(graph, node))
             elif node.target in (aten.matmul.default, aten.mm.default, aten.addmm.default):
@@ -50,70 +49,30 @@ def _replace(node: fx.Node, new: fx.Node | None) -> None:
         node.graph.erase_node(node)
 
 
-def _product(graph: fx.Graph, node: Call) -> fx.Node | None:
-    equation, operands = node.args[0].replace(" ", ""), node.args[1]
-    if len(operands) != 2 or ("..." in equation and "->" not in equation):
-        return None
-    inputs, _, output = equation.partition("->")
-    a, b = inputs.split(",")
-    dots = {len(x.meta["val"].shape) - len(s) + 3 for x, s in zip(operands, (a, b), strict=True) if "..." in s}
-    if len(dots) > 1:
-        return None
-    letters = "".join(c for c in "ABCDEFGH" if c not in equation)[: max(dots, default=0)]
-    a, b, output = (part.replace("...", letters) for part in (a, b, output))
-    if "->" not in equation:
-        output = "".join(sorted(c for c in a + b if (a + b).count(c) == 1))
-    if len(set(a)) < len(a) or len(set(b)) < len(b) or any(c not in output for c in set(a) ^ set(b)):
-        return None
-    stack = [c for c in output if c in a and c in b]
-    summed = [c for c in a if c in b and c not in output]
-    left, right = [c for c in a if c not in b], [c for c in b if c not in a]
-    if not (summed and left and right) or (stack and (len(left) > 1 or len(right) > 1)):
-        return None
-
-    def arranged(operand: fx.Node, have: str, want: list[str], merge: list[str]) -> fx.Node:
-        order = [have.index(c) for c in want]
-        if order != sorted(order):
-            operand = add_call(graph, aten.permute.default, operand, order, name="einsum_order", like=node)
-        if len(merge) > 1:
-            first = want.index(merge[0])
-            ends = (first, first + len(merge) - 1)
-            operand = add_call(graph, aten.flatten.using_ints, operand, *ends, name="einsum_merge", like=node)
-        return operand
-
-    widths = [shape_of(operands[1])[b.index(c)] for c in right]
-    first = arranged(operands[0], a, [*stack, *left, *summed], summed)
-    second = arranged(operands[1], b, [*stack, *summed, *right], summed)
-    if len(right) > 1:
-        second = add_call(graph, aten.flatten.using_ints, second, 1, len(right), name="einsum_merge", like=node)
-    found = add_call(graph, aten.matmul.default, first, second, name="einsum_product", like=node)
-    if len(right) > 1:
-        found = add_call(graph, aten.unflatten.int, found, len(left), widths, name="einsum_split", like=node)
-    have = "".join([*stack, *left, *right])
-    return arranged(found, have, list(output), [])
-
-
-def _product_and_sum(graph: fx.Graph, node: Call) -> fx.Node:
-    bias, a, b = node.args[:3]
+def _product_and_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    bias, a, b = (tensor_argument(node, at) for at in range(3))
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    found = add_call(graph, aten.bmm.default, a, b, name="product", like=node)
+    product = add_call(graph, aten.bmm.default, a, b, name="product", like=node)
     if alpha != 1:
-        found = add_call(graph, aten.mul.Tensor, found, alpha, name="scaled", like=node)
+        product = add_call(graph, aten.mul.Tensor, product, alpha, name="scaled", like=node)
     if beta == 0:
-        return found
+        return product
     if beta != 1:
         bias = add_call(graph, aten.mul.Tensor, bias, beta, name="scaled", like=node)
-    return add_call(graph, aten.add.Tensor, found, bias, name="sum", like=node)
+    return add_call(graph, aten.add.Tensor, product, bias, name="sum", like=node)
 
 
-def _unconverted(node: Call) -> fx.Node | None:
-    before, after = node.args[0].meta["val"], node.meta["val"]
+def _unconverted(node: fx.Node) -> fx.Node | None:
+    source = tensor_argument(node, 0)
+    before, after = source.meta["val"], node.meta["val"]
     same = all(getattr(before, what) == getattr(after, what) for what in ("dtype", "device", "layout"))
-    return node.args[0] if same else None
+    return source if same else None
 
 
-def _linear(graph: fx.Graph, node: Call, data: set[Call]) -> fx.Node | None:
-    bias, x, weight = (None, *node.args[:2]) if node.target is not aten.addmm.default else node.args[:3]
+def _linear(graph: fx.Graph, node: fx.Node, data: set[fx.Node]) -> fx.Node | None:
+    first = 1 if node.target is aten.addmm.default else 0
+    bias = tensor_argument(node, 0) if first else None
+    x, weight = tensor_argument(node, first), tensor_argument(node, first + 1)
     plain = len(weight.meta["val"].shape) == 2 and (bias is None or len(bias.meta["val"].shape) == 1)
     if not plain or x not in data or weight in data or bias in data or node.kwargs:
         return None
@@ -121,25 +80,26 @@ def _linear(graph: fx.Graph, node: Call, data: set[Call]) -> fx.Node | None:
     return add_call(graph, aten.linear.default, x, turned, bias, name="linear", like=node)
 
 
-def _out_of_place(graph: fx.Graph, node: Call) -> fx.Node | None:
+def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable or not schema.name.endswith("_"):
         return None
     packet = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
     pure = getattr(packet, schema.overload_name or "default", None)
     target = node.args[0]
-    if pure is None or target.op != "call_function" or _is_view(target):
+    if pure is None or not isinstance(target, fx.Node) or target.op != "call_function" or _is_view(target):
         return None
     order = {n: i for i, n in enumerate(graph.nodes)}
     if any(_is_view(user) and order[user] < order[node] for user in target.users):
         return None
-    found = add_call(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **node.kwargs)
+    options: Any = node.kwargs
+    result = add_call(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **options)
     later = [user for user in target.users if order.get(user, -1) > order[node]]
     for user in later:
-        user.replace_input_with(target, found)
-    return found
+        user.replace_input_with(target, result)
+    return result
 
 
-def _is_view(node: Call) -> bool:
+def _is_view(node: fx.Node) -> bool:
     schema: Any = getattr(node.target, "_schema", None)
     return schema is not None and not schema.is_mutable and any(a.alias_info for a in schema.arguments)

@@ -1,6 +1,6 @@
 """Write every recognised attention as `scaled_dot_product_attention`.
 
-1. A spelling that `anchors` matches becomes one call; its result keeps its node, and so its name.
+1. A spelling that `attention` matches becomes one call; its result keeps its node, and so its name.
 2. Keys that were transposed for the product are taken from before the transposition.
 3. What is not recognised stays.
 """
@@ -11,7 +11,7 @@ from torch import fx
 from idlefx.analysis.attention import Spelling, match
 from idlefx.graph import notes
 from idlefx.graph.build import add_call
-from idlefx.graph.queries import remove_dead
+from idlefx.graph.queries import argument, remove_dead, tensor_argument
 from idlefx.records import Plan
 
 aten = torch.ops.aten
@@ -20,10 +20,10 @@ aten = torch.ops.aten
 def normalize_attention(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite hand-written attention; the plan does not matter."""
     del plan
-    found = [spelling for node in module.graph.nodes if (spelling := match(node)) is not None]
-    for spelling in found:
+    spellings = [spelling for node in module.graph.nodes if (spelling := match(node)) is not None]
+    for spelling in spellings:
         _rewrite(module.graph, spelling)
-    if found:
+    if spellings:
         remove_dead(module.graph)
     return module
 
@@ -41,9 +41,7 @@ def _rewrite(graph: fx.Graph, spelling: Spelling) -> None:
 def _untransposed(graph: fx.Graph, key: fx.Node) -> fx.Node:
     rank = len(key.meta["val"].shape)
     if key.target is aten.transpose.int:
-        dims = {d % rank for d in key.args[1:3]}  # type: ignore[operator]
+        dims = {argument(key, 1) % rank, argument(key, 2) % rank}
         if dims == {rank - 1, rank - 2}:
-            source = key.args[0]
-            assert isinstance(source, fx.Node)
-            return source
+            return tensor_argument(key, 0)
     return add_call(graph, aten.transpose.int, key, -2, -1, name="keys", like=key)

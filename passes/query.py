@@ -8,10 +8,9 @@
 import torch
 from torch import fx
 
-from idlefx.analysis.walk import argument
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import made_for, note_of, only_made_for
-from idlefx.graph.queries import Call, remove_dead
+from idlefx.graph.queries import argument, remove_dead, tensor_argument
 from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Plan
 from idlefx.runtime import ops
@@ -35,16 +34,18 @@ def shorten_query(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     return module
 
 
-def _take_over(linear: Call, leading: dict[fx.Node, int]) -> None:
-    squeeze, weight, bias = (*linear.args, None)[:3]
-    norm = squeeze.args[0]
-    is_norm = norm.target is aten.layer_norm.default and len(norm.args[1]) == 1
-    cut = _bounds(norm.args[0]) if is_norm else None
-    if cut is None or len(shape_of(squeeze)) != 2:
+def _take_over(linear: fx.Node, leading: dict[fx.Node, int]) -> None:
+    squeeze, weight, bias = tensor_argument(linear, 0), argument(linear, 1), argument(linear, 2)
+    norm = tensor_argument(squeeze, 0)
+    if norm.target is not aten.layer_norm.default or len(argument(norm, 1)) != 1 or len(shape_of(squeeze)) != 2:
         return
-    stream, (dim, position, end) = norm.args[0].args[0], cut
-    if position < leading.get(stream, 0) and _same_type(stream.args[2], stream):
-        stream = stream.args[2]
+    token = tensor_argument(norm, 0)
+    cut = _bounds(token)
+    if cut is None:
+        return
+    stream, (dim, position, end) = tensor_argument(token, 0), cut
+    if position < leading.get(stream, 0) and _same_type(_worked(stream), stream):
+        stream = _worked(stream)
     if end == position + 1:
         linear.target = ops.norm_linear
         addends = list(stream.args) if _is_plain_sum(stream) else [stream]
@@ -53,10 +54,10 @@ def _take_over(linear: Call, leading: dict[fx.Node, int]) -> None:
         linear.args = (addends, position, dim, norm_weight, norm_bias, epsilon, weight, bias)
 
 
-def _read_worked(scatter: Call, block: Block) -> None:
+def _read_worked(scatter: fx.Node, block: Block) -> None:
     """Let who reads leading prefix tokens of the stream read them among the worked tokens."""
-    worked = scatter.args[2]
-    for user in list[Call](scatter.users):
+    worked = _worked(scatter)
+    for user in list(scatter.users):
         cut = _bounds(user)
         if cut is not None and _same_type(worked, scatter):
             dim, start, stop = cut
@@ -65,7 +66,12 @@ def _read_worked(scatter: Call, block: Block) -> None:
                     user.replace_all_uses_with(_cut_out(worked, user))
 
 
-def _bounds(node: Call) -> tuple[int, int, int] | None:
+def _worked(scatter: fx.Node) -> fx.Node:
+    """The tokens that a block puts back."""
+    return tensor_argument(scatter, 2)
+
+
+def _bounds(node: fx.Node) -> tuple[int, int, int] | None:
     """Dimension, start and stop of a slice, if it is one and they are plain numbers."""
     if node.target is not aten.slice.Tensor:
         return None
@@ -73,11 +79,11 @@ def _bounds(node: Call) -> tuple[int, int, int] | None:
     return (dim, start, stop) if all(isinstance(n, int) for n in (dim, start, stop)) else None
 
 
-def _same_type(a: Call, b: Call) -> bool:
+def _same_type(a: fx.Node, b: fx.Node) -> bool:
     return a.meta["val"].dtype is b.meta["val"].dtype
 
 
-def _cut_out(node: Call, like: Call) -> fx.Node:
+def _cut_out(node: fx.Node, like: fx.Node) -> fx.Node:
     """The part of a node that another cuts out; of a sum the sum of the parts, as the whole is then read only once."""
 
     def cut(part: fx.Node) -> fx.Node:
@@ -85,11 +91,11 @@ def _cut_out(node: Call, like: Call) -> fx.Node:
 
     if not _is_plain_sum(node):
         return cut(node)
-    parts = [cut(n) for n in node.args]
+    parts = [cut(tensor_argument(node, place)) for place in (0, 1)]
     return add_call(like.graph, node.target, *parts, name=like.name, like=like, note=note_of(like))
 
 
-def _is_plain_sum(node: Call) -> bool:
+def _is_plain_sum(node: fx.Node) -> bool:
     """Whether it is the sum of two tensors like itself."""
     if node.target is not aten.add.Tensor or node.kwargs:
         return False

@@ -73,7 +73,7 @@ def test_onnxruntime_that_cannot_run_it_is_a_refusal(tmp_path):
 
 
 def test_shell_packages(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("idlefx.cli.main.load_model", lambda *_, **__: build("vit", depth=2))
+    monkeypatch.setattr("idlefx.cli.commands.load_model", lambda *_, **__: build("vit", depth=2))
     command = ["convert", "--model", "vit", "--layers", "1", "--package"]
     assert main([*command, str(tmp_path / "m.onnx"), "--batch", "2", "4"]) == 0
     assert capsys.readouterr().out.strip().endswith("m.onnx") and (tmp_path / "m.onnx").exists()
@@ -91,4 +91,4 @@ def test_shell_packages(tmp_path, capsys, monkeypatch):
 def test_options_of_an_artifact_are_refused_where_none_is_written(capsys):
     arguments = ["convert", "--model", "test_vit", "--layers", "1", "--dtype", "bfloat16", "--batch", "1", "8"]
     assert main(arguments) == 2
-    assert "no artifact is written for --dtype and --batch; add --package or --emit" in capsys.readouterr().err
+    assert "no artifact is written for --dtype and --batch-size; add --package or --emit" in capsys.readouterr().err

@@ -12,7 +12,11 @@ import idlefx
 import idlefx.finetune
 from tests.models.small import DEPTH, build, images
 
-LOADED = "import sys, idlefx; print([m for m in ('matplotlib', 'torch._inductor') if m in sys.modules])"
+LOADED = """
+import sys, idlefx
+idlefx.convert, idlefx.report
+print([module for module in ("matplotlib", "torch._inductor", "torch._dynamo") if module in sys.modules])
+"""
 
 
 @pytest.mark.parametrize("module", [idlefx, idlefx.finetune])

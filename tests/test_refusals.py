@@ -8,10 +8,17 @@ import torch
 from torch import nn
 
 import idlefx
-from tests.models.small import build, fingerprint, images
+from idlefx.analysis.blocks import find_blocks, open_block
+from idlefx.analysis.subset import Subset
+from idlefx.capture.export import capture
+from idlefx.graph.build import add_call
+from idlefx.pipeline import spell
+from idlefx.rewriting.rebuilder import Rebuilder
+from tests.models.small import build, build_mixing, fingerprint, images
 from tests.support.cases import Case, convert
 from tests.support.messages import says
 
+aten = torch.ops.aten
 FAILURES = {
     "layer": {"layers": [9]},
     "keep": {"keep": 2.0},
@@ -46,6 +53,18 @@ class Private(nn.Module):
         return self.vit(x)
 
 
+class NoResidual(nn.Module):
+    """An encoder whose attention is added to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 8, stride=8)
+        self.attention = timm.layers.Attention(48, num_heads=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(self.patches(x).flatten(2).transpose(1, 2)).mean(1)
+
+
 @idlefx.selector
 def broken_selector(x):
     raise RuntimeError("the selector is broken")
@@ -63,6 +82,11 @@ def test_model_without_attention_is_refused():
     message = refusal(model, example_inputs=torch.randn(2, 3, 64, 64))
     assert says(message, r"no .*(attention|transformer block)", r"attention"), message
     assert fingerprint(model) == before
+
+
+def test_attention_without_a_residual_connection_is_refused():
+    message = refusal(NoResidual().eval(), layers=[0], example_inputs=torch.randn(2, 3, 48, 48))
+    assert says(message, r"^blocks: ", r"no attention .*added back to a residual stream.*nothing can idle"), message
 
 
 def test_model_on_the_meta_device_is_refused():
@@ -125,3 +149,25 @@ def test_refusals_are_of_one_family():
     kinds = [kind for kind in vars(idlefx).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert idlefx.IdleFxError in kinds
     assert all(issubclass(kind, idlefx.IdleFxError) for kind in kinds)
+
+
+def test_block_that_cannot_be_followed_is_no_block_to_open():
+    model = build_mixing()
+    graph = spell(capture(model, images(model, 2)).eval_graph)
+    mixing = find_blocks(graph)[1]
+    with pytest.raises(idlefx.BlockError, match=r"block 1 \(blocks\.1\).*conv1d.*over neighbouring tokens"):
+        open_block(graph.graph, mixing)
+
+
+def test_tokens_that_an_operation_takes_apart_are_refused_by_the_rebuilder():
+    model = timm.create_model("eva02_tiny_patch14_224", img_size=48, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+    graph = spell(capture(model.eval(), images(model, 2)).eval_graph)
+    block = find_blocks(graph)[0]
+    opened = open_block(graph.graph, block)
+    half = block.tokens // 2
+    any_half = Subset(None, (), tuple(range(block.tokens)), half)  # though the block cuts behind the class token
+    with graph.graph.inserting_before(opened.exit):
+        tokens = add_call(graph.graph, aten.narrow.default, opened.entry, 1, 0, half, name="half", like=opened.entry)
+        rebuild = Rebuilder(graph.graph, opened.walk, any_half, {opened.entry: tokens}, "half_")
+        with pytest.raises(idlefx.PassError, match=r"cuts the image tokens apart"):
+            rebuild(opened.exit)

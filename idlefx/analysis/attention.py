@@ -10,7 +10,7 @@ from torch import fx
 
 from idlefx.analysis.layouts import Layout
 from idlefx.graph.notes import Spelled, note_of
-from idlefx.graph.queries import Call, image_data, value
+from idlefx.graph.queries import argument, image_data, tensor_argument, value
 from idlefx.graph.sizes import shape_of
 
 aten = torch.ops.aten
@@ -76,15 +76,14 @@ def match_softmax(softmax: fx.Node) -> Spelling | None:
             return None
         user = next(iter(weights.users))
         if user.target is aten.dropout.default:
-            dropout = float(user.args[1]) if user.args[2] else 0.0  # type: ignore[arg-type]
+            dropout = float(argument(user, 1)) if argument(user, 2) else 0.0
         elif user.target not in _PASSING:
             break
         weights = user
     if user.target not in _PRODUCTS or user.args[0] is not weights or len(logits.users) > 1:
         return None
-    product: Call = logits
-    query, key = product.args[:2]
-    return Spelling("matmul-softmax-matmul", user, query, key, user.args[1], mask, scale, dropout)  # type: ignore[arg-type]
+    query, key, values = tensor_argument(logits, 0), tensor_argument(logits, 1), tensor_argument(user, 1)
+    return Spelling("matmul-softmax-matmul", user, query, key, values, mask, scale, dropout)
 
 
 def _logits_first(add: fx.Node) -> tuple[Any, Any]:
@@ -103,7 +102,7 @@ SPELLINGS: tuple[Callable[[fx.Node], Spelling | None], ...] = (match_softmax,)
 
 def match(node: fx.Node) -> Spelling | None:
     """The attention that is anchored at a node, if it can be written as `scaled_dot_product_attention`."""
-    return next((found for spelling in SPELLINGS if (found := spelling(node)) is not None), None)
+    return next((matched for spelling in SPELLINGS if (matched := spelling(node)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -135,26 +134,26 @@ class Core:
 
 def find_cores(graph: fx.Graph) -> list[Core]:
     """Every attention of a normalised graph, in graph order; those that stay spelled out with their map too."""
-    nodes: list[Call] = list(graph.nodes)
     data = image_data(graph)
-    found = []
-    for node in nodes:
+    cores = []
+    for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             note = note_of(node)
             name = note.attention if isinstance(note, Spelled) else "sdpa"
-            given = node.kwargs.get("scale")
-            scale = shape_of(node.args[0])[-1] ** -0.5 if given is None else given
-            found.append(Core(name, node, node.args[0], node.args[1], scale=scale))
+            scale = node.kwargs.get("scale")
+            query, key = tensor_argument(node, 0), tensor_argument(node, 1)
+            scale = shape_of(query)[-1] ** -0.5 if scale is None else scale
+            cores.append(Core(name, node, query, key, scale=scale))
         elif node.target in (aten.softmax.int, aten._softmax.default):
             core = _spelled_out(node, data)
-            found += [core] if core is not None and core.out not in [c.out for c in found] else []
-    return found
+            cores += [core] if core is not None and core.out not in [c.out for c in cores] else []
+    return cores
 
 
-def _spelled_out(softmax: Call, data: set[Call]) -> Core | None:
+def _spelled_out(softmax: fx.Node, data: set[fx.Node]) -> Core | None:
     """An attention whose map is worked on between its products, such as by mixing the heads."""
 
-    def nearest(step: Callable[[Call], Iterable[Call]]) -> tuple[set[Call], set[Call]]:
+    def nearest(step: Callable[[fx.Node], Iterable[fx.Node]]) -> tuple[set[fx.Node], set[fx.Node]]:
         """The products of image data that a walk from the softmax meets first, and what it passes."""
         met, seen, stack = set(), set(), list(step(softmax))
         while stack:
@@ -172,10 +171,11 @@ def _spelled_out(softmax: Call, data: set[Call]) -> Core | None:
         return None
     (logits,), (out,) = before, after
     scalings = tuple(node for node in softmax.graph.nodes if node in between and _scales(node, data))
-    return Core("spelled out", out, logits.args[0], logits.args[1], transposed=True, scalings=scalings)
+    query, key = tensor_argument(logits, 0), tensor_argument(logits, 1)
+    return Core("spelled out", out, query, key, transposed=True, scalings=scalings)
 
 
-def _scales(node: Call, data: set[Call]) -> bool:
+def _scales(node: fx.Node, data: set[fx.Node]) -> bool:
     """Whether a node multiplies logits (…, N, N) by something that is the same for all of a head."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor):
         return False

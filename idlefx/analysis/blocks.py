@@ -1,6 +1,6 @@
 """Find transformer blocks: around each attention core, the region that its residual connections close.
 
-No class, module or attribute name is looked at: `residuals` finds where blocks begin and end, `propagation` follows the
+No class, module or attribute name is looked at: `trunks` finds where blocks begin and end, `propagation` follows the
 tokens through them, `prefix_tokens` tells which tokens are not of the image.
 """
 
@@ -19,10 +19,11 @@ from idlefx.analysis.macs import count_macs
 from idlefx.analysis.prefix_tokens import class_token, prefix_positions, read_by_head
 from idlefx.analysis.projections import projection
 from idlefx.analysis.propagation import follow
-from idlefx.analysis.residuals import Trunk, find_trunks
+from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.subset import Subset
+from idlefx.analysis.trunks import Trunk, find_trunks
 from idlefx.analysis.walk import Walk
-from idlefx.errors import BlockError, InputError, UnknownOperation
+from idlefx.errors import BlockError, InputError
 from idlefx.graph.queries import (
     by_name,
     common_path,
@@ -96,12 +97,19 @@ class Opened:
 
 
 def open_block(graph: fx.Graph, block: Block) -> Opened:
-    """Find the nodes of a block of the table and follow the tokens through them."""
+    """Find the nodes of a block of the table and follow the tokens through them.
+
+    Raises:
+        BlockError: The tokens cannot be followed, as the block is one that cannot idle.
+    """
     names = by_name(graph)
     entry, leave = names[block.entry], names[block.exit]
     flow = data_flow(graph, image_input(graph))
     nodes = region(flow, entry, leave)
-    walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dim, block.batch_dim)})
+    try:
+        walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dim, block.batch_dim)})
+    except RefusedOperation as refusal:
+        raise BlockError(f"blocks: block {block.index} ({block.path}) cannot be opened: {refusal}") from refusal
     cores = tuple(core for core in find_cores(graph) if core.out.name in block.cores)
     return Opened(entry, leave, cores, nodes, walk, flow)
 
@@ -125,10 +133,13 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
     )
     try:
         token_dim, batch_dim, walk = _find_axes(trunk, nodes)
-    except UnknownOperation as refusal:
+    except RefusedOperation as refusal:
         return replace(block, refusal=str(refusal))
     tokens = stream[token_dim]
-    positions = _given(prefix, tokens) if prefix is not None else prefix_positions(flow, trunk.entry, token_dim, known)
+    if prefix is not None:
+        positions = _named_positions(prefix, tokens)
+    else:
+        positions = prefix_positions(flow, trunk.entry, token_dim, known)
     layout = walk[trunk.cores[0].query]
     block = replace(
         block,
@@ -156,11 +167,11 @@ def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:
         seen |= new
         stack += new
     root = nodes[0].graph.owning_module
-    found = {str(n.target) for n in seen if n.op == "get_attr"}
-    return sum(p.numel() for name, p in root.named_parameters() if name in found) if root is not None else 0
+    read = {str(n.target) for n in seen if n.op == "get_attr"}
+    return sum(p.numel() for name, p in root.named_parameters() if name in read) if root is not None else 0
 
 
-def _given(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
+def _named_positions(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
     plain = plain_prefix(prefix)
     positions = tuple(sorted(set(plain if isinstance(plain, tuple) else range(plain or 0))))
     if not all(0 <= p < tokens for p in positions) or len(positions) >= tokens:
@@ -172,12 +183,12 @@ def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
     """Which dimension holds the tokens: the one that every core attends over and that comes out where it went in."""
     shape = trunk.entry.meta["val"].shape
     if len(shape) != 3:
-        raise UnknownOperation(
+        raise RefusedOperation(
             f"the residual stream has {len(shape)} dimensions instead of batch, tokens and features "
             f"(at {source_line(trunk.entry)})"
         )
     if leaking := leaks(nodes, trunk.exit):
-        raise UnknownOperation(
+        raise RefusedOperation(
             f"`{leaking[0].name}` inside the block is read outside of it (at {source_line(leaking[0])})"
         )
     symbolic = [d for d, s in enumerate(shape) if number(s, 2) != number(s, 3)]
@@ -187,12 +198,12 @@ def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
             layout = lay.stream(shape_of(trunk.entry), token_dim, batch_dim)
             try:
                 walk = follow(nodes, {trunk.entry: layout})
-            except UnknownOperation as refusal:
+            except RefusedOperation as refusal:
                 refusals.append(refusal)
                 continue
             if walk[trunk.exit] == layout:
                 return token_dim, batch_dim, walk
-    raise refusals[0] if refusals else UnknownOperation("the tokens leave the block in another order")
+    raise refusals[0] if refusals else RefusedOperation("the tokens leave the block in another order")
 
 
 def _cannot_be_cut(walk: Walk, block: Block) -> str:
@@ -204,7 +215,7 @@ def _cannot_be_cut(walk: Walk, block: Block) -> str:
         for node, edits in walk.edits.items():
             for edit in edits:
                 subset.check(node, edit)
-    except UnknownOperation as refusal:
+    except RefusedOperation as refusal:
         return str(refusal)
     return ""
 

@@ -71,13 +71,13 @@ def merge(runs: Runs) -> Runs:
 
 def cut(runs: Runs, start: int, stop: int) -> Runs:
     """The runs of what stands at `start … stop` along an axis made of `runs`."""
-    found, offset = [], 0
+    parts, offset = [], 0
     for low, high in runs:
         left, right = max(start - offset, 0), min(stop - offset, high - low)
         if right > left:
-            found.append((low + left, low + right))
+            parts.append((low + left, low + right))
         offset += high - low
-    return tuple(found)
+    return tuple(parts)
 
 
 def heads(layout: Layout) -> int:

@@ -1,6 +1,7 @@
 """Which tokens are prefix tokens, and which of them the head reads."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import networkx as nx
 import torch
@@ -9,10 +10,10 @@ from torch import fx
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.propagation import follow
+from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.rules.registry import rule_of
-from idlefx.analysis.walk import Walk, argument
-from idlefx.errors import UnknownOperation
-from idlefx.graph.queries import Call, dominator_chain, region, value
+from idlefx.analysis.walk import Walk
+from idlefx.graph.queries import argument, dominator_chain, region, value
 from idlefx.graph.sizes import FREE_BATCH, plain_shape, shape_of
 
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ def prefix_positions(flow: nx.DiGraph, stream: fx.Node, dim: int, blocks: Mappin
     return tuple(i for i, from_image in enumerate(_from_image(flow, stream, dim, blocks)) if not from_image)
 
 
-def _from_image(flow: nx.DiGraph, node: Call, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> list[bool]:
+def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> list[bool]:
     tensor = value(node)
     assert tensor is not None
     dim %= tensor.ndim
@@ -42,7 +43,7 @@ def _from_image(flow: nx.DiGraph, node: Call, dim: int, blocks: Mapping[fx.Node,
         return [False] * count
     if node in blocks:
         return _from_image(flow, blocks[node], dim, blocks)
-    target, args = node.target, node.args
+    target, args = node.target, list[Any](node.args)
     if target is aten.cat.default and (args[1] if len(args) > 1 else 0) % tensor.ndim == dim:
         return [from_image for piece in args[0] for from_image in _from_image(flow, piece, dim, blocks)]
     if target is aten.cat.default:
@@ -56,8 +57,8 @@ def _from_image(flow: nx.DiGraph, node: Call, dim: int, blocks: Mapping[fx.Node,
     if target is aten.permute.default:
         return _from_image(flow, args[0], args[1][dim], blocks)
     if target is aten.slice.Tensor:
-        given, cut = _from_image(flow, args[0], dim, blocks), slice(*(argument(node, i, "") for i in (2, 3, 4)))
-        return given[cut] if argument(node, 1, "dim", 0) % tensor.ndim == dim else given
+        from_image, cut = _from_image(flow, args[0], dim, blocks), slice(*(argument(node, i, "") for i in (2, 3, 4)))
+        return from_image[cut] if argument(node, 1, "dim", 0) % tensor.ndim == dim else from_image
     before = _before_rowwise(flow, node, dim) if sum(i in flow for i in node.all_input_nodes) > 1 else None
     if before is not None:
         return _from_image(flow, before, dim, blocks)
@@ -81,13 +82,13 @@ def _before_rowwise(flow: nx.DiGraph, node: fx.Node, dim: int) -> fx.Node | None
     layout = lay.stream(shape, dim, shape.index(FREE_BATCH))
     try:
         walk = follow(nodes, {start: layout})
-    except UnknownOperation:
+    except RefusedOperation:
         return None
     return start if walk[node] == layout and not any(n.target in mixing for n in nodes) else None
 
 
 def _operand(
-    flow: nx.DiGraph, node: Call, rank: int, dim: int, count: int, blocks: Mapping[fx.Node, fx.Node]
+    flow: nx.DiGraph, node: fx.Node, rank: int, dim: int, count: int, blocks: Mapping[fx.Node, fx.Node]
 ) -> list[bool]:
     tensor = value(node)
     if tensor is None:
@@ -98,7 +99,7 @@ def _operand(
     return _from_image(flow, node, at, blocks)
 
 
-def read_by_head(after: Iterable[Call], stream: fx.Node, layout: Layout) -> list[set[int]]:
+def read_by_head(after: Iterable[fx.Node], stream: fx.Node, layout: Layout) -> list[set[int]]:
     """Sets of token positions that what follows the last block reads together.
 
     Args:
@@ -107,7 +108,7 @@ def read_by_head(after: Iterable[Call], stream: fx.Node, layout: Layout) -> list
         layout: Its layout.
     """
     walk = Walk({stream: layout})
-    found: list[set[int]] = []
+    reads: list[set[int]] = []
     for node in after:
         own = [i for i in node.all_input_nodes if i in walk]
         if not own:
@@ -115,13 +116,13 @@ def read_by_head(after: Iterable[Call], stream: fx.Node, layout: Layout) -> list
         try:
             walk.layouts[node] = rule_of(node)(walk, node)
             if node.target is aten.select.int and node in walk.edits:
-                axis = walk[own[0]][node.args[1]][0]
-                place = node.args[2] % axis.size
-                found.append(_positions(lay.cut(axis.runs, place, place + 1)))
-        except UnknownOperation:
+                axis = walk[own[0]][argument(node, 1)][0]
+                place = argument(node, 2) % axis.size
+                reads.append(_positions(lay.cut(axis.runs, place, place + 1)))
+        except RefusedOperation:
             layouts = [walk[i] for i in own if not isinstance(i.meta["val"], (list, tuple))]
-            found += [_positions(f.runs) for one in layouts for dim in one for f in dim if f.role == "tokens"]
-    return found
+            reads += [_positions(f.runs) for one in layouts for dim in one for f in dim if f.role == "tokens"]
+    return reads
 
 
 def _positions(runs: lay.Runs) -> set[int]:

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.walk import Walk
-from idlefx.graph.queries import Call
+from idlefx.graph.queries import argument
 from idlefx.graph.sizes import FREE_BATCH, SMALL_BATCH, number, shape_of
 
 aten = torch.ops.aten
@@ -73,14 +73,15 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
     """
     if isinstance(node.meta["val"], (list, tuple)):
         return None
-    path: list[Call] = []
-    current: Call = node
+    path: list[fx.Node] = []
+    current: fx.Node = node
     factor = 1.0
     while current.target in VIEWS or (up_to_scale and _is_scaling(current)):
         if not _is_scaling(current):
             path.append(current)
         else:
-            factor *= current.args[1] if current.target is aten.mul.Tensor else 1 / current.args[1]
+            by = argument(current, 1)
+            factor *= by if current.target is aten.mul.Tensor else 1 / by
         current = current.all_input_nodes[0]
     if current.target is not aten.linear.default or current not in walk or node not in walk:
         return None
@@ -90,17 +91,18 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
     numbers: Any = torch.arange(shape[-1]).expand(shape)
     for step in reversed(path):
         args, kwargs = _with_numbers(step, numbers)
-        numbers = _FREE.get(step.target, step.target)(*args, **kwargs)
+        view: Any = step.target
+        numbers = _FREE.get(view, view)(*args, **kwargs)
     if math.prod(f.size for dim in walk[node] for f in dim if f.role == "batch") != FREE_BATCH:
         return None  # the batch of the block is not that of the image, or is fixed
-    found = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH))
-    return found and replace(found, factor=factor)
+    rows = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH))
+    return rows and replace(rows, factor=factor)
 
 
-def _with_numbers(step: Call, numbers: Any) -> tuple[Any, Any]:
+def _with_numbers(step: fx.Node, numbers: Any) -> tuple[Any, Any]:
     """A view's arguments, its tensor replaced by the numbers and every free size by that of the small batch."""
-    given = step.all_input_nodes[0]
-    return map_arg((step.args, step.kwargs), lambda n: numbers if n is given else number(n, SMALL_BATCH))
+    tensor = step.all_input_nodes[0]
+    return map_arg((step.args, step.kwargs), lambda n: numbers if n is tensor else number(n, SMALL_BATCH))
 
 
 def _is_scaling(node: fx.Node) -> bool:

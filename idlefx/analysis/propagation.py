@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping
 from torch import fx
 
 from idlefx.analysis.layouts import Layout
+from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules import (
     compute,  # noqa: F401  so that their rules are known
     reshape,  # noqa: F401  so that their rules are known
     split_join,  # noqa: F401  so that their rules are known
 )
 from idlefx.analysis.rules.registry import rule_of
-from idlefx.analysis.walk import Walk, refuse
-from idlefx.graph.queries import Call
+from idlefx.analysis.walk import Walk
 
 
 def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout]) -> Walk:
@@ -23,7 +23,7 @@ def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout]) -> Walk:
         known: Layouts of the nodes that the region starts from.
 
     Raises:
-        UnknownOperation: An operation has no rule, or mixes tokens.
+        RefusedOperation: An operation has no rule, or mixes tokens.
     """
     walk = Walk(dict(known))
     for node in nodes:
@@ -32,7 +32,7 @@ def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout]) -> Walk:
     return walk
 
 
-def _check_mutation(node: Call) -> None:
+def _check_mutation(node: fx.Node) -> None:
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable:
         changed = node.args[0]

@@ -7,7 +7,8 @@ from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Runs
-from idlefx.analysis.walk import Edit, Read, Resize, refuse
+from idlefx.analysis.refusal import refuse
+from idlefx.analysis.walk import Edit, Read, Resize
 
 aten = torch.ops.aten
 

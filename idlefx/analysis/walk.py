@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Layout, Runs
-from idlefx.errors import UnknownOperation
-from idlefx.graph.queries import Call, source_line, value
+from idlefx.analysis.refusal import refuse
+from idlefx.graph.queries import value
 from idlefx.graph.sizes import plain_shape
 
 
@@ -67,29 +67,19 @@ class Walk:
     def __contains__(self, node: Any) -> bool:
         return node in self.layouts
 
-    def edit(self, node: Call, *edits: Edit) -> None:
+    def edit(self, node: fx.Node, *edits: Edit) -> None:
         """Note what must change at a node."""
         self.edits.setdefault(node, []).extend(edits)
 
 
-def refuse(node: Call, reason: str) -> NoReturn:
-    """Refuse a node, naming the operation and the user's line."""
-    raise UnknownOperation(f"{node.target} {reason} (at {source_line(node)})")
-
-
-def dimension(node: Call, dim: Any, rank: int) -> int:
+def dimension(node: fx.Node, dim: Any, rank: int) -> int:
     """A dimension argument as a number from 0."""
     if not isinstance(dim, int):
         refuse(node, f"has a dimension {dim} that is no constant")
     return dim % rank
 
 
-def argument(node: Call, index: int, name: str, default: Any = None) -> Any:
-    """An argument of a node, given by position or by keyword."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def sizes_of(node: Call) -> list[int]:
+def sizes_of(node: fx.Node) -> list[int]:
     """The shape of a node's tensor as plain numbers."""
     tensor = value(node)
     if tensor is None:
@@ -97,7 +87,7 @@ def sizes_of(node: Call) -> list[int]:
     return plain_shape(tensor)
 
 
-def need_features(node: Call, layout: Layout, dims: Iterable[int], does: str) -> None:
+def need_features(node: fx.Node, layout: Layout, dims: Iterable[int], does: str) -> None:
     """Refuse what a node does if it does it over tokens or over the batch."""
     for d in dims:
         if lay.has(layout[d], "tokens"):
@@ -106,7 +96,7 @@ def need_features(node: Call, layout: Layout, dims: Iterable[int], does: str) ->
             refuse(node, f"{does} over the batch")
 
 
-def broadcast(walk: Walk, node: Call, operands: Iterable[Any], rank: int) -> Layout:
+def broadcast(walk: Walk, node: fx.Node, operands: Iterable[Any], rank: int) -> Layout:
     """The common layout of operands that are broadcast together, their outside parts noted as reads."""
     own = [o for o in operands if o in walk]
     result: list[Dim] = []
@@ -118,9 +108,9 @@ def broadcast(walk: Walk, node: Call, operands: Iterable[Any], rank: int) -> Lay
     for operand in operands:
         if isinstance(operand, fx.Node) and operand not in walk and value(operand) is not None:
             read_by_position(walk, node, operand, tuple(result))
-            given = sizes_of(operand)
-            for d in range(rank - len(given), rank):
-                result[d] = result[d] or lay.features(given[d - rank])
+            sizes = sizes_of(operand)
+            for d in range(rank - len(sizes), rank):
+                result[d] = result[d] or lay.features(sizes[d - rank])
     return tuple(result)
 
 
@@ -130,12 +120,12 @@ def _one_batch(dims: set[Dim]) -> set[Dim]:
     return {batch if batch is not None and dim == lay.features(lay.size(batch)) else dim for dim in dims}
 
 
-def read_by_position(walk: Walk, node: Call, operand: fx.Node, output: Layout, skip: int | None = None) -> None:
+def read_by_position(walk: Walk, node: fx.Node, operand: fx.Node, output: Layout, skip: int | None = None) -> None:
     """Note which dimensions of an outside operand run along tokens of the output it is broadcast to."""
-    given, rank = sizes_of(operand), len(output)
+    sizes, rank = sizes_of(operand), len(output)
     dims = []
-    for d in range(max(rank - len(given), 0), rank):
-        if given[d - rank] != 1 and lay.has(output[d], "tokens") and d != skip:
+    for d in range(max(rank - len(sizes), 0), rank):
+        if sizes[d - rank] != 1 and lay.has(output[d], "tokens") and d != skip:
             if not lay.is_tokens(output[d]):
                 refuse(node, f"reads `{operand.name}` by position along an axis that tokens share")
             dims.append((d, output[d][0].runs))

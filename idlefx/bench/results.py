@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 DENSE, IDLE, EAGER = "dense", "idle", "eager"
+MODES = (EAGER, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CHANCE = 0.05  # how likely as many won rounds would be among equals, at most, for a difference to count as one
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from idlefx.bench.baselines import Baseline
 from idlefx.bench.case import BenchCase, Prepare
-from idlefx.bench.results import DENSE, EAGER, IDLE, Bench
+from idlefx.bench.results import DENSE, EAGER, IDLE, MODES, Bench
 from idlefx.bench.timer import Run
 from idlefx.bench.train_step import training_step
 from idlefx.capture.inputs import call
@@ -23,8 +23,6 @@ from idlefx.pipeline import with_cut_loss
 from idlefx.reporting.cost_report import report
 from idlefx.runtime.module import IdleModule
 from idlefx.utils.devices import check_dtype, machine_in_words, present
-
-MODES = (EAGER, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def bench(

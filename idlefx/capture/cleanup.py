@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from idlefx.graph.queries import Call, carries_tensors, remove_dead
+from idlefx.graph.queries import argument, carries_tensors, remove_dead, run_target
 from idlefx.graph.sizes import SMALL_BATCH, number
 from idlefx.graph.state import adopt
 
@@ -35,18 +35,18 @@ def tidy(exported: nn.Module, model: nn.Module) -> fx.GraphModule:
     return module
 
 
-def _inline(owner: nn.Module, node: Call) -> None:
-    enabled, part, *inputs = node.args
+def _inline(owner: nn.Module, node: fx.Node) -> None:
+    enabled, part, *inputs = list[Any](node.args)
     inner: Any = owner.get_submodule(part.target).graph
     holders = [n for n in inner.nodes if n.op == "placeholder"]
     mapping = dict(zip(holders, inputs, strict=True))
     with node.graph.inserting_before(node):
-        results = node.graph.graph_copy(inner, mapping)
+        results: Any = node.graph.graph_copy(inner, mapping)
         results = list(results) if isinstance(results, (list, tuple)) else [results]
         if not enabled:
             results = [_detached(node.graph, r) for r in results]
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(results[argument(user, 1)])
         node.graph.erase_node(user)
     node.graph.erase_node(node)
 
@@ -65,7 +65,7 @@ def _drop_masks(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        mask = argument(node, 3, "attn_mask")
         while mask is not None and (kept := _without_idle_part(mask, order)) is not mask:
             mask = kept
         if len(node.args) > 3:
@@ -74,12 +74,12 @@ def _drop_masks(graph: fx.Graph) -> None:
             node.kwargs = {**node.kwargs, "attn_mask": mask}
 
 
-def _without_idle_part(mask: Call, order: dict[Call, int]) -> Call | None:
+def _without_idle_part(mask: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
     """The mask, or what is left of it if it, or a summand of it, masks nothing."""
     if _masks_nothing(mask, order):
         return None
-    if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in mask.args[:2]):
-        a, b = mask.args[:2]
+    a, b = argument(mask, 0), argument(mask, 1)
+    if mask.target is aten.add.Tensor and isinstance(a, fx.Node) and isinstance(b, fx.Node):
         if _masks_nothing(b, order):
             return a
         if _masks_nothing(a, order):
@@ -87,14 +87,14 @@ def _without_idle_part(mask: Call, order: dict[Call, int]) -> Call | None:
     return mask
 
 
-def _masks_nothing(mask: Call, order: dict[Call, int]) -> bool:
+def _masks_nothing(mask: fx.Node, order: dict[fx.Node, int]) -> bool:
     value = _constant(mask, order)
     return value is not None and bool(value.all() if value.dtype == torch.bool else (value == 0).all())
 
 
-def _constant(node: Call, order: dict[Call, int]) -> Any:
+def _constant(node: fx.Node, order: dict[fx.Node, int]) -> Any:
     """The value of a node that only sizes decide, for a batch of two; None if an input or a parameter does."""
-    needed, stack = set[Call](), [node]
+    needed, stack = set[fx.Node](), [node]
     while stack:
         current = stack.pop()
         if current in needed or not carries_tensors(current):
@@ -104,9 +104,9 @@ def _constant(node: Call, order: dict[Call, int]) -> Any:
             return None
         needed.add(current)
         stack += current.all_input_nodes
-    values: dict[Call, Any] = {}
+    values: dict[fx.Node, Any] = {}
     for current in sorted(needed, key=order.__getitem__):
         given = (current.args, current.kwargs)
         args, kwargs = map_arg(given, lambda n: values[n] if n in values else number(n, SMALL_BATCH))
-        values[current] = current.target(*args, **kwargs)
+        values[current] = run_target(current, args, kwargs)
     return values[node]

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from idlefx.capture.cleanup import tidy
 from idlefx.errors import CaptureError
-from idlefx.graph.queries import Call, placeholders, source_line
+from idlefx.graph.queries import placeholders, source_line
 
 _SET_GRAD: Any = torch._C._set_grad_enabled
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
@@ -112,7 +112,7 @@ def _shapes(given: fx.GraphModule) -> list[Any]:
     return [value.shape for value in values if isinstance(value, torch.Tensor)]
 
 
-def _example(holder: Call) -> Any:
+def _example(holder: fx.Node) -> Any:
     return holder.meta["example_value"]
 
 

@@ -13,45 +13,22 @@ from idlefx.bench.baselines import Baseline, make_baseline, open_baselines
 from idlefx.bench.block_latency import measure_times, token_counts
 from idlefx.bench.plot import check_chart, plot
 from idlefx.bench.results import EAGER, Bench
-from idlefx.bench.runner import MODES, bench
+from idlefx.bench.runner import bench
 from idlefx.bench.tables import render, summary, to_json
 from idlefx.bench.timer import lacks_memory
-from idlefx.cli.arguments import add_choice, add_weights, choice_of
+from idlefx.cli.arguments import plan_options
+from idlefx.cli.exit_codes import REFUSED
 from idlefx.errors import IdleFxError, InputError
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable, Plan
 from idlefx.reporting.cost_report import report
 from idlefx.reporting.latency import BlockTimes, size_of, times_to_json
 from idlefx.runtime.module import IdleModule
-from idlefx.utils.devices import DTYPES, check_dtype, present
+from idlefx.utils.devices import check_dtype, present
 from idlefx.utils.files import check_writable, whole_file
 
 Load = Callable[[argparse.Namespace, str], nn.Module]
 Example = Callable[[argparse.Namespace, nn.Module], Any]
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the command takes; several models and ratios, unlike others."""
-    add_weights(parser)
-    add_choice(parser)
-    parser.add_argument("--model", nargs="+", required=True, help="timm names, or package.module:callable")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", help="blocks that open a stage; by default a quarter, half, three quarters in"
-    )
-    parser.add_argument(
-        "--keep", type=ratios, nargs="+", default=[[0.7]], help="ratios to time; 0.7,0.5,0.3 is one per layer"
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16], help="images per call")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="for training, that of autocast")
-    parser.add_argument("--modes", nargs="+", choices=MODES[1:], default=["default"], help="modes of torch.compile")
-    parser.add_argument("--eager", action="store_true", help="do not time compiled models")
-    parser.add_argument("--training", action="store_true", help="time a training step instead, with the token cut loss")
-    parser.add_argument("--seconds", type=float, default=4.0, help="about how long to measure one pair in one mode")
-    parser.add_argument("--peer", nargs="+", default=[], metavar="tome=PATH", help="time a checkout of ToMe too")
-    parser.add_argument("--table", metavar="FILE", help="write block times by token count, for `convert --times`")
-    parser.add_argument("--plot", metavar="FILE", help="draw speed-up over GMAC ratio: a png, pdf or svg")
-    parser.add_argument("--json", metavar="FILE", help="write every sample, after every batch size")
 
 
 class Campaign:
@@ -74,9 +51,9 @@ class Campaign:
             check_writable(path)
         if options.plot:
             check_chart(options.plot)
-        if options.training and options.peer:
-            raise InputError("bench: peers are for inference; leave --peer or --training out")
-        self.peers = open_baselines(options.peer)
+        if options.training and options.baseline:
+            raise InputError("bench: peers are for inference; leave --baseline or --training out")
+        self.peers = open_baselines(options.baseline)
         self.done: list[Bench] = []
         self.tables: list[BlockTimes] = []
 
@@ -100,7 +77,7 @@ class Campaign:
             self._measure(name)
         except IdleFxError as error:
             print(f"error: {name}: {error}", file=sys.stderr)
-            return 2
+            return REFUSED
         return 0
 
     def _measure(self, name: str) -> None:
@@ -115,13 +92,8 @@ class Campaign:
         layers = options.layers or quarters(inspect(model, example, prefix=options.prefix))
         plans = []
         for keep in options.keep:
-            idle = convert(
-                model,
-                layers,
-                keep[0] if len(keep) == 1 else keep,
-                example_inputs=example,
-                **choice_of(options),
-            )
+            plan = plan_options(options, layers=layers, keep=keep)
+            idle = convert(model, example_inputs=example, **plan.to_dict())
             plans.append(idle.plan)
             title = f"{name}, layers {' '.join(map(str, layers))}, keep {' '.join(map(str, keep))}"
             found = self._bench(title, model, idle, example)
@@ -147,7 +119,7 @@ class Campaign:
             model,
             idle,
             example,
-            batches=options.batch,
+            batches=options.batch_size,
             dtype=self.dtype if options.training else None,
             modes=[EAGER] if options.eager else [EAGER, *options.modes],
             peers=peers,
@@ -166,7 +138,7 @@ class Campaign:
             plot(benches, self.options.plot)
 
     def _tabulate(self, plans: Sequence[Plan], weight: Tensor) -> None:
-        options, batch = self.options, max(self.options.batch)
+        options, batch = self.options, max(self.options.batch_size)
         mode, counts = EAGER if options.eager else options.modes[0], token_counts(plans)
         for block in {size_of(block): block for block in plans[0].blocks if block.tokens}.values():
             self.tables.append(measure_times(block, counts, batch, weight, mode, options.seconds))
@@ -178,8 +150,3 @@ class Campaign:
 def quarters(blocks: BlockTable) -> list[int]:
     """The blocks a quarter, half and three quarters through the model: 3, 6 and 9 of 12."""
     return sorted({max(1, len(blocks) * part // 4) for part in (1, 2, 3)})
-
-
-def ratios(text: str) -> list[float]:
-    """One keep ratio, or as many as layers, with commas."""
-    return [float(ratio) for ratio in text.split(",")]

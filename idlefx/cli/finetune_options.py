@@ -6,11 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from idlefx.cli.arguments import add_model, add_plan, add_switch, flag
-from idlefx.training import checkpoints
-from idlefx.training.config import Settings
-from idlefx.training.datasets import GLYPHS, Source
-from idlefx.training.loader import ImageLoader
+from idlefx.cli.arguments import add_model, add_plan, add_version
+from idlefx.cli.parser import Parser, add_switch, flag
+from idlefx.training.config import GLYPHS, Settings
 
 # The embedded example, as examples/study.py found it best: every scene is seen once, so nothing can be overfitted and
 # no augmentation is needed; and so few steps do not suffice for attention to follow the token cut loss.
@@ -19,8 +17,6 @@ EXAMPLE = {
     "epochs": 1, "batch_size": 128, "lr": 2e-4, "w_cut": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0,
     "ema": 0.0, "workers": 0,
 }  # fmt: skip
-
-DECISIVE = ("model", "batch_size", "augment", "erase")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,7 +28,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.resume is not None:
-        parser.set_defaults(**checkpoints.read_plan(options.resume)["options"], resume=options.resume)
+        from idlefx.training.checkpoints import read_plan
+
+        parser.set_defaults(**read_plan(options.resume)["options"], resume=options.resume)
     elif options.data == GLYPHS:
         parser.set_defaults(**EXAMPLE)
     elif options.model is None or options.layers is None:
@@ -46,31 +44,15 @@ def stored(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(options).items() if key not in left_out}
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    """The settings among the options."""
-    return Settings(**{each.name: getattr(options, each.name) for each in fields(Settings)})
-
-
-def source_of(options: argparse.Namespace) -> Source:
-    """Where the options say the data is."""
-    return Source(
-        options.data, options.data_root, options.train_split, options.val_split, options.augment, options.erase
-    )
-
-
-def decisive(options: argparse.Namespace, train: ImageLoader, val: ImageLoader) -> dict[str, Any]:
-    """What must be the same for a run to go on exactly, besides plan and settings; where the images lie may change."""
-    facts = {name: getattr(options, name) for name in DECISIVE}
-    return {**facts, "images": [len(train.dataset), len(val.dataset)], "processes": train.world.size}
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m idlefx.finetune",
-        description="Fine-tune a model for idling; without arguments a small one on an embedded data set.",
+        description="Fine-tune a model for idling; without arguments a small one on an embedded data set, with "
+        "settings of its own.",
     )
+    add_version(parser)
     add_model(parser.add_argument_group("model"), required=False)
-    add_plan(parser.add_argument_group("plan"), required=False)
+    add_plan(parser.add_argument_group("plan"), layers={"required": False})
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -100,5 +82,4 @@ def _setting(group: Any, name: str, default: Any, text: str) -> None:
     if isinstance(default, bool):
         add_switch(group, name, default, text)
     else:
-        shown = f"{text} ({default:g})"
-        group.add_argument(flag(name), type=type(default), default=default, metavar="NUMBER", help=shown)
+        group.add_argument(flag(name), type=type(default), default=default, metavar="NUMBER", help=text)

@@ -1,9 +1,9 @@
 """Build nodes: each new call gets its value inferred, as the analysis relies on it."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx
+from torch.fx.node import Target
 
 from idlefx.graph import inference
 from idlefx.graph.notes import KEY, Note
@@ -13,7 +13,7 @@ _OWN = ("val", "tensor_meta", "inferred", KEY)  # what the origin of a node does
 
 def add_call(
     graph: fx.Graph,
-    target: Callable[..., Any],
+    target: Target,
     *args: Any,
     name: str,
     like: fx.Node,

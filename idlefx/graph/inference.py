@@ -10,7 +10,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from idlefx.graph.queries import run_target
+
+UNFORESEEN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # a fresh symbol at each call
+
 _KEY = "inferred"
+_REMEMBERED: dict[Any, dict[Any, Any]] = {}  # by the fake mode of a trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +43,50 @@ def basis_of(node: fx.Node) -> Basis:
 
 
 def infer(node: fx.Node) -> Any:
-    """What a call gives for the recorded values of its inputs, nothing being computed."""
+    """What a call gives for the recorded values of its inputs, nothing being computed.
+
+    Blocks of one stage call the same operations on tensors of the same shapes, so what was inferred is remembered until
+    `forget` is called.
+    """
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     leaves = chain(tree_leaves((args, kwargs)), (n.meta.get("val") for n in node.graph.nodes))
     mode = next(mode for leaf in leaves if (mode := getattr(leaf, "fake_mode", None)) is not None)
-    target: Any = node.target
+    signature = _signature(node.target, args, kwargs)
+    remembered = _REMEMBERED.setdefault(mode, {})
+    if signature in remembered:
+        return remembered[signature]
     # The Python dispatcher keeps the batch symbolic where some C++ kernels would ask for its value.
     with mode, torch.no_grad(), enable_python_dispatcher():
-        return target(*args, **kwargs)
+        value = run_target(node, args, kwargs)
+    if signature is not None:
+        remembered[signature] = value
+    return value
+
+
+def _signature(target: Any, *arguments: Any) -> Any:
+    """A key that is equal for calls which give equal shapes and types; None where there is none."""
+    if any(tag in getattr(target, "tags", ()) for tag in UNFORESEEN):
+        return None
+    try:
+        key = target, _frozen(arguments)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _frozen(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        sizes = (*argument.shape, *argument.stride())
+        plain = tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
+        return plain, argument.dtype, argument.device, argument.requires_grad
+    if isinstance(argument, torch.SymInt):
+        return argument.node.expr
+    if isinstance(argument, (list, tuple)):
+        return type(argument).__name__, tuple(map(_frozen, argument))
+    if isinstance(argument, dict):
+        return tuple((key, _frozen(value)) for key, value in argument.items())
+    return type(argument), argument
 
 
 def record(node: fx.Node) -> None:
@@ -66,6 +107,7 @@ def is_trusted(node: fx.Node) -> bool:
 
 
 def forget(graph: fx.Graph) -> None:
-    """Remove what was recorded beside the values."""
+    """Forget what was inferred, but for the values of the nodes."""
+    _REMEMBERED.clear()
     for node in graph.nodes:
         node.meta.pop(_KEY, None)

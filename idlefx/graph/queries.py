@@ -5,7 +5,7 @@ sizes are left out, so that a dominator is a place that all image information pa
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import networkx as nx
 import torch
@@ -13,8 +13,6 @@ from torch import fx
 
 SINK = "sink"
 
-# An `fx.Node` whose arguments are looked at: torch types each of them as a union of everything.
-Call: TypeAlias = Any
 _LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
 
 
@@ -22,6 +20,24 @@ def value(node: fx.Node) -> torch.Tensor | None:
     """The example tensor that the trace recorded for a node, if it carries one."""
     val = node.meta.get("val")
     return val if isinstance(val, torch.Tensor) else None
+
+
+def argument(node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
+    """An argument of a call, given by position or by keyword; torch types it as a union of everything."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def tensor_argument(node: fx.Node, index: int) -> fx.Node:
+    """An argument of a call that is another node."""
+    operand = node.args[index]
+    assert isinstance(operand, fx.Node), f"argument {index} of {node.format_node()} is no node"
+    return operand
+
+
+def run_target(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Do what a call does, with other arguments."""
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -46,9 +62,9 @@ def carries_tensors(node: fx.Node) -> bool:
     return many or isinstance(val, torch.Tensor)
 
 
-def image_data(graph: fx.Graph) -> set[Call]:
+def image_data(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose tensors are computed from an input, and not from parameters alone."""
-    data: set[Call] = set()
+    data: set[fx.Node] = set()
     for node in graph.nodes:
         if carries_tensors(node) and (node.op == "placeholder" or any(i in data for i in node.all_input_nodes)):
             data.add(node)
@@ -86,8 +102,8 @@ def _parents(flow: nx.DiGraph, root: object) -> dict[object, fx.Node]:
     cache = flow.graph.setdefault("dominators", {})
     if root not in cache:
         cache[root] = nx.immediate_dominators(flow, root)
-    found: dict[object, fx.Node] = cache[root]
-    return found
+    parents: dict[object, fx.Node] = cache[root]
+    return parents
 
 
 def post_dominator_chain(flow: nx.DiGraph, node: object) -> Iterator[fx.Node]:

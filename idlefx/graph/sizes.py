@@ -26,8 +26,8 @@ def formula(size: Any, batch: int | str) -> int | str:
     if not isinstance(size, torch.SymInt):
         return int(size)
     expression = sympy.sympify(size.node.expr)
-    found = expression.subs(dict.fromkeys(expression.free_symbols, batch))
-    return int(found) if found.is_Integer else str(found)
+    of_batch = expression.subs(dict.fromkeys(expression.free_symbols, batch))
+    return int(of_batch) if of_batch.is_Integer else str(of_batch)
 
 
 def plain_shape(tensor: torch.Tensor, batch: int = FREE_BATCH) -> list[int]:

@@ -25,9 +25,9 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The submodule that a dotted name lives in, made where it is missing, and the last part of the name."""
     *path, leaf = name.split(".")
     for part in path:
-        if not hasattr(module, part):
+        if module._modules.get(part) is None:
             module.add_module(part, nn.Module())
-        module = getattr(module, part)
+        module = module.get_submodule(part)
     return module, leaf
 
 

@@ -11,8 +11,10 @@ from torch.fx.node import map_arg
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Runs
+from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.subset import Subset
 from idlefx.analysis.walk import Cut, Read, Resize, Walk
+from idlefx.errors import PassError
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import Made
 from idlefx.graph.queries import carries_tensors
@@ -43,9 +45,16 @@ class Rebuilder:
     _reads: dict[Any, fx.Node] = field(default_factory=dict)
 
     def __call__(self, node: fx.Node) -> fx.Node:
-        """The node's copy; a node outside the region stands for itself."""
+        """The node's copy; a node outside the region stands for itself.
+
+        Raises:
+            PassError: An operation on the way cannot work on these tokens only.
+        """
         for needed in self._needed(node):
-            args, kwargs = self._edited(needed)
+            try:
+                args, kwargs = self._edited(needed)
+            except RefusedOperation as refusal:
+                raise PassError(f"rewriting: `{needed.name}` cannot work on these tokens only: {refusal}") from refusal
             target: Any = needed.target
             note = replace(self.note, stands_for=needed.name)
             name = self.prefix + needed.name

@@ -66,9 +66,8 @@ def verify(module: fx.GraphModule, before: Promise, name: str) -> None:
 
 def _check_value(node: fx.Node, name: str) -> None:
     """A node's recorded value must be what its inputs' recorded values give, as later passes rely on it."""
-    unforeseen = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-    if any(tag in getattr(node.target, "tags", ()) for tag in unforeseen):
-        return  # a fresh symbol each time
+    if any(tag in getattr(node.target, "tags", ()) for tag in inference.UNFORESEEN):
+        return
     try:
         inferred = inference.infer(node)
     except Exception as error:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from idlefx.errors import InputError
 from idlefx.graph.notes import KEY, only_made_for
 from idlefx.graph.state import adopt, list_numbered, owner_of
-from idlefx.records import BlockTable, Plan
+from idlefx.records import Plan
 from idlefx.runtime.conversion import Conversion
 
 
@@ -32,7 +32,7 @@ class IdleModule(fx.GraphModule):
     """
 
     plan: Plan
-    blocks: BlockTable
+    blocks: Any
     conversion: Conversion
 
     def __init__(self, conversion: Conversion, eval_root: nn.Module, train_root: nn.Module) -> None:

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
+from importlib import import_module
 from operator import add, or_
 from subprocess import CalledProcessError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +15,26 @@ from torch.nn.functional import layer_norm, linear
 
 from idlefx.errors import first_line
 
-try:
-    from idlefx.runtime import triton_ops
-except ImportError:  # torch for CPUs comes without Triton
-    triton_ops = None  # type: ignore[assignment]
-
-_fusing = triton_ops is not None
+triton_ops: Any = None  # the operators with Triton kernels, once they are loaded
+_fusing = False
 _without_kernels: tuple[int | None, ...] = ()  # devices, by index, for which Triton could not build them
 _BUILD_ERRORS = (ImportError, OSError, RuntimeError, CalledProcessError)
+
+
+def load_kernels() -> None:
+    """Load the operators with Triton kernels, where Triton is installed.
+
+    On a machine with a GPU this happens by itself. Elsewhere nothing runs them, and they take longer to load than
+    torch, as Inductor comes with them.
+    """
+    global triton_ops, _fusing
+    with suppress(ImportError):  # torch for CPUs comes without Triton
+        triton_ops = import_module("idlefx.runtime.triton_ops")
+        _fusing = True
+
+
+if torch.cuda.is_available():
+    load_kernels()
 
 
 @contextmanager

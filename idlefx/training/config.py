@@ -5,6 +5,7 @@ from typing import Any
 
 from idlefx.errors import InputError
 
+GLYPHS = "glyphs"  # the name of the data set that is drawn
 REFERENCE_BATCH, REFERENCE_LR = 512, 1e-5  # the published learning rate is per so many images
 
 

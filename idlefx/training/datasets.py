@@ -13,11 +13,11 @@ from idlefx.demo.glyphs import Glyphs
 from idlefx.errors import InputError, first_line
 from idlefx.records import ModelFacts
 from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.training.config import GLYPHS
 from idlefx.training.distributed import World
 from idlefx.training.feature_taps import class_count, tap
 from idlefx.training.loader import ImageLoader
 
-GLYPHS = "glyphs"
 GLYPHS_TRAIN, GLYPHS_VAL = 16_384, 2_000  # scenes
 LIBRARIES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 PREFIXES = (*LIBRARIES, "torch")

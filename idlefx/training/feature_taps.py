@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from idlefx.analysis.blocks import image_input
 from idlefx.errors import InputError
-from idlefx.graph.queries import Call, by_name, image_data, output_of, placeholders, remove_dead, value
+from idlefx.graph.queries import by_name, image_data, output_of, placeholders, remove_dead, tensor_argument, value
 from idlefx.graph.sizes import shape_of
 from idlefx.runtime.module import IdleModule, conversion_of
 
@@ -73,12 +73,12 @@ def _outputs(tapped: fx.GraphModule) -> Any:
 
 def _class_features(graph: fx.Graph, logits: fx.Node) -> list[Any]:
     """The inputs (B, F) of the linear layers that the logits come from, several where their votes are averaged."""
-    data, found = image_data(graph), set[Call]()
-    stack: list[Call] = [logits]
+    data, found = image_data(graph), set[fx.Node]()
+    stack: list[fx.Node] = [logits]
     while stack:
         node = stack.pop()
         if node.target is aten.linear.default and len(shape_of(node.args[0])) == 2:
-            found.add(node.args[0])
+            found.add(tensor_argument(node, 0))
         elif node.target in _VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             stack += [i for i in node.all_input_nodes if i in data]
         else:
@@ -94,8 +94,8 @@ def token_parameters(idle: IdleModule) -> set[str]:
     """
     conversion = conversion_of(idle)
     graph = conversion.evaluation.graph
-    data, found, seen = image_data(graph), set[str](), set[Call]()
-    stack: list[Call] = [by_name(graph)[conversion.blocks[0].entry]]
+    data, found, seen = image_data(graph), set[str](), set[fx.Node]()
+    stack: list[fx.Node] = [by_name(graph)[conversion.blocks[0].entry]]
     while stack:
         node = stack.pop()
         if node in seen:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from idlefx.errors import InputError, first_line
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def present(device: str | torch.device) -> torch.device:
     """The device, if this machine has it.

@@ -1,4 +1,7 @@
-"""The models of the compatibility table: every way a library builds a Vision Transformer, small and random."""
+"""The models of the compatibility table: every way a library builds a Vision Transformer, small and random.
+
+One long table on purpose: most lines name a model and the sizes that make it small.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

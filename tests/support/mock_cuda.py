@@ -108,6 +108,7 @@ def pretend() -> list[str]:
 
 
 CODES = pretend()
+ops.load_kernels()
 
 
 def generated(

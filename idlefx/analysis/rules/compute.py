@@ -1,12 +1,14 @@
 """Rules for what computes: tokens pass one by one, but for attention, where they meet."""
 
 import torch
+from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
+from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Walk, argument, broadcast, dimension, need_features, read_by_position, refuse, sizes_of
-from idlefx.graph.queries import Call
+from idlefx.analysis.walk import Walk, broadcast, dimension, need_features, read_by_position, sizes_of
+from idlefx.graph.queries import argument, tensor_argument
 
 aten = torch.ops.aten
 
@@ -19,23 +21,23 @@ aten = torch.ops.aten
     aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default,
     aten.bernoulli_.float, aten.zeros_like.default, aten.ones_like.default, aten.dropout_.default,
 )  # fmt: skip
-def same(walk: Walk, node: Call) -> Layout:
+def same(walk: Walk, node: fx.Node) -> Layout:
     """Nothing moves."""
     first = node.args[0]
     return walk[first] if first in walk else tuple(lay.features(s) for s in sizes_of(node))
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
-def normalize(walk: Walk, node: Call) -> Layout:
+def normalize(walk: Walk, node: fx.Node) -> Layout:
     """Statistics over the trailing dimensions."""
     layout = walk[node.args[0]]
     rank = len(layout)
-    need_features(node, layout, range(rank - len(node.args[1]), rank), "normalises")
+    need_features(node, layout, range(rank - len(argument(node, 1)), rank), "normalises")
     return layout
 
 
 @rule(aten.batch_norm.default)
-def batch_norm(walk: Walk, node: Call) -> Layout:
+def batch_norm(walk: Walk, node: fx.Node) -> Layout:
     """Recorded statistics are a scale per feature; those of train mode are taken over the tokens."""
     layout = walk[node.args[0]]
     if node.args[5]:
@@ -45,7 +47,7 @@ def batch_norm(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
-def softmax(walk: Walk, node: Call) -> Layout:
+def softmax(walk: Walk, node: fx.Node) -> Layout:
     """Over features; or over the keys of an attention map, which has queries on another token axis."""
     layout = walk[node.args[0]]
     dim = dimension(node, node.args[1], len(layout))
@@ -58,7 +60,7 @@ def softmax(walk: Walk, node: Call) -> Layout:
 
 
 @rule(torch.Tag.pointwise)
-def pointwise(walk: Walk, node: Call) -> Layout:
+def pointwise(walk: Walk, node: fx.Node) -> Layout:
     """Any operation that torch tags as pointwise."""
     return broadcast(walk, node, node.all_input_nodes, len(sizes_of(node)))
 
@@ -67,7 +69,7 @@ def pointwise(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.linear.default)
-def linear(walk: Walk, node: Call) -> Layout:
+def linear(walk: Walk, node: fx.Node) -> Layout:
     """Contract the last dimension with outside weights."""
     x = node.args[0]
     if x not in walk or any(w in walk for w in node.args[1:]):
@@ -77,9 +79,9 @@ def linear(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.addmm.default)
-def addmm(walk: Walk, node: Call) -> Layout:
+def addmm(walk: Walk, node: fx.Node) -> Layout:
     """A product with an outside matrix, plus an outside bias per feature."""
-    bias, x, weight = node.args[:3]
+    bias, x, weight = (tensor_argument(node, at) for at in range(3))
     if x not in walk or weight in walk or bias in walk or len(sizes_of(bias)) > 1:
         refuse(node, "takes its weights from the image")
     need_features(node, walk[x], [1], "contracts")
@@ -87,9 +89,9 @@ def addmm(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
-def matmul(walk: Walk, node: Call) -> Layout:
+def matmul(walk: Walk, node: fx.Node) -> Layout:
     """Contract features; or the keys of an attention map with their values."""
-    a, b = node.args[:2]
+    a, b = tensor_argument(node, 0), tensor_argument(node, 1)
     if b not in walk:
         return _outside_product(walk, node, a, b)
     if a not in walk:
@@ -105,27 +107,27 @@ def matmul(walk: Walk, node: Call) -> Layout:
     return (*stack, left[-2], right[-1])
 
 
-def _outside_product(walk: Walk, node: Call, a: Call, b: Call) -> Layout:
-    given, layout = sizes_of(b), walk[a]
+def _outside_product(walk: Walk, node: fx.Node, a: fx.Node, b: fx.Node) -> Layout:
+    sizes, layout = sizes_of(b), walk[a]
     need_features(node, layout, [len(layout) - 1], "contracts")
-    if len(given) > len(layout) or any(
-        s != 1 and lay.has(layout[d - len(given)], "tokens", "batch") for d, s in enumerate(given[:-2])
+    if len(sizes) > len(layout) or any(
+        s != 1 and lay.has(layout[d - len(sizes)], "tokens", "batch") for d, s in enumerate(sizes[:-2])
     ):
         refuse(node, "multiplies with a stack of outside matrices")
-    return layout[:-1] if len(given) == 1 else (*layout[:-1], lay.features(given[-1]))
+    return layout[:-1] if len(sizes) == 1 else (*layout[:-1], lay.features(sizes[-1]))
 
 
 @rule(
     aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.correction, aten.var.dim,
     aten.std.dim, aten.std.correction, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
 )  # fmt: skip
-def reduce(walk: Walk, node: Call) -> Layout:
+def reduce(walk: Walk, node: fx.Node) -> Layout:
     """A statistic over features."""
     layout = walk[node.args[0]]
     at = 2 if node.target in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim) else 1
-    given = argument(node, at, "dim")
-    wanted = range(len(layout)) if given is None else [given] if isinstance(given, int) else given
-    dims = {dimension(node, d, len(layout)) for d in wanted}
+    over = argument(node, at, "dim")
+    over = range(len(layout)) if over is None else [over] if isinstance(over, int) else over
+    dims = {dimension(node, d, len(layout)) for d in over}
     need_features(node, layout, dims, "takes a statistic")
     if len(sizes_of(node)) == len(layout):
         return tuple(() if d in dims else dim for d, dim in enumerate(layout))
@@ -133,7 +135,7 @@ def reduce(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.scaled_dot_product_attention.default)
-def attention(walk: Walk, node: Call) -> Layout:
+def attention(walk: Walk, node: fx.Node) -> Layout:
     """The one place where tokens are mixed: over all tokens of the sequence, in one order."""
     q, k, v = node.args[:3]
     if not all(operand in walk for operand in (q, k, v)):
@@ -153,9 +155,9 @@ def attention(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.conv1d.default)
-def convolution(walk: Walk, node: Call) -> Layout:
+def convolution(walk: Walk, node: fx.Node) -> Layout:
     """One token at a time if the kernel covers one; else it mixes neighbours."""
-    layout, weight = walk[node.args[0]], node.args[1]
+    layout, weight = walk[node.args[0]], tensor_argument(node, 1)
     if sizes_of(weight)[2] != 1 or sizes_of(node)[2] != lay.size(layout[2]):
         refuse(node, "convolves over neighbouring tokens")
     need_features(node, layout, [1], "contracts")
@@ -163,6 +165,6 @@ def convolution(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.conv2d.default, aten.conv2d.padding)
-def convolution_2d(walk: Walk, node: Call) -> Layout:
+def convolution_2d(walk: Walk, node: fx.Node) -> Layout:
     """A grid of patches, whose neighbours are mixed."""
     return refuse(node, "convolves over neighbouring tokens")

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
-from idlefx.analysis.walk import Walk, refuse
-from idlefx.graph.queries import Call
+from idlefx.analysis.refusal import refuse
+from idlefx.analysis.walk import Walk
 
-Rule = Callable[[Walk, Call], Any]
+Rule = Callable[[Walk, fx.Node], Any]
 RULES: dict[Any, Rule] = {}
 
 
@@ -30,11 +31,11 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-def rule_of(node: Call) -> Rule:
+def rule_of(node: fx.Node) -> Rule:
     """The rule for a node's operation.
 
     Raises:
-        UnknownOperation: There is none.
+        RefusedOperation: There is none.
     """
     if node.target not in RULES and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return RULES[torch.Tag.pointwise]

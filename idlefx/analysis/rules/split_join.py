@@ -4,29 +4,21 @@ import operator
 from typing import Any
 
 import torch
+from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
+from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import (
-    Cut,
-    Resize,
-    Walk,
-    argument,
-    dimension,
-    need_features,
-    read_by_position,
-    refuse,
-    sizes_of,
-)
-from idlefx.graph.queries import Call
+from idlefx.analysis.walk import Cut, Resize, Walk, dimension, need_features, read_by_position, sizes_of
+from idlefx.graph.queries import argument, tensor_argument
 from idlefx.graph.sizes import plain_shape
 
 aten = torch.ops.aten
 
 
 @rule(aten.unbind.int)
-def unbind(walk: Walk, node: Call) -> tuple[Layout, ...]:
+def unbind(walk: Walk, node: fx.Node) -> tuple[Layout, ...]:
     """Take features apart, such as query, key and value."""
     layout = walk[node.args[0]]
     dim = dimension(node, argument(node, 1, "dim", 0), len(layout))
@@ -35,7 +27,7 @@ def unbind(walk: Walk, node: Call) -> tuple[Layout, ...]:
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-def split(walk: Walk, node: Call) -> tuple[Layout, ...]:
+def split(walk: Walk, node: fx.Node) -> tuple[Layout, ...]:
     """Cut features into pieces; tokens too, where the sizes are written down."""
     layout = walk[node.args[0]]
     dim = dimension(node, argument(node, 2, "dim", 0), len(layout))
@@ -52,27 +44,26 @@ def split(walk: Walk, node: Call) -> tuple[Layout, ...]:
 
 
 @rule(operator.getitem)
-def getitem(walk: Walk, node: Call) -> Layout:
+def getitem(walk: Walk, node: fx.Node) -> Layout:
     """One of several results."""
-    found: Layout = walk.layouts[node.args[0]][node.args[1]]
-    return found
+    return walk.layouts[tensor_argument(node, 0)][node.args[1]]
 
 
 @rule(aten.select.int)
-def select(walk: Walk, node: Call) -> Layout:
+def select(walk: Walk, node: fx.Node) -> Layout:
     """Pick one entry; of tokens, one whose place is known."""
     layout = walk[node.args[0]]
     dim = dimension(node, node.args[1], len(layout))
     if lay.is_tokens(layout[dim]):
         tokens = layout[dim][0]
-        walk.edit(node, Cut(2, node.args[2] % tokens.size, tokens.runs))
+        walk.edit(node, Cut(2, argument(node, 2) % tokens.size, tokens.runs))
     else:
         need_features(node, layout, [dim], "picks an entry")
     return (*layout[:dim], *layout[dim + 1 :])
 
 
 @rule(aten.slice.Tensor)
-def cut(walk: Walk, node: Call) -> Layout:
+def cut(walk: Walk, node: fx.Node) -> Layout:
     """Cut a range out of a dimension; of tokens, one whose bounds are known."""
     layout = walk[node.args[0]]
     dim = dimension(node, argument(node, 1, "dim", 0), len(layout))
@@ -92,9 +83,9 @@ def cut(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.cat.default)
-def cat(walk: Walk, node: Call) -> Layout:
+def cat(walk: Walk, node: fx.Node) -> Layout:
     """Join along features, or join runs of tokens."""
-    pieces = node.args[0]
+    pieces = argument(node, 0)
     own = [walk[p] for p in pieces if p in walk]
     dim = dimension(node, argument(node, 1, "dim", 0), len(own[0]))
     if len({(*layout[:dim], *layout[dim + 1 :]) for layout in own}) > 1:
@@ -113,9 +104,9 @@ def cat(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.stack.default)
-def stack(walk: Walk, node: Call) -> Layout:
+def stack(walk: Walk, node: fx.Node) -> Layout:
     """Put tensors of one layout side by side."""
-    pieces = node.args[0]
+    pieces = argument(node, 0)
     if not all(p in walk for p in pieces) or len({walk[p] for p in pieces}) > 1:
         refuse(node, "stacks tensors that are laid out differently")
     layout = walk[pieces[0]]
@@ -124,18 +115,18 @@ def stack(walk: Walk, node: Call) -> Layout:
 
 
 @rule(aten.glu.default)
-def glu(walk: Walk, node: Call) -> Layout:
+def glu(walk: Walk, node: fx.Node) -> Layout:
     """Gate one half of the features with the other."""
     return _resized(walk, node, argument(node, 1, "dim", -1), "gates")
 
 
 @rule(aten.repeat_interleave.self_int)
-def repeat(walk: Walk, node: Call) -> Layout:
+def repeat(walk: Walk, node: fx.Node) -> Layout:
     """Repeat features, such as the heads of grouped queries."""
     return _resized(walk, node, argument(node, 2, "dim"), "repeats")
 
 
-def _resized(walk: Walk, node: Call, dim: Any, does: str) -> Layout:
+def _resized(walk: Walk, node: fx.Node, dim: Any, does: str) -> Layout:
     layout = walk[node.args[0]]
     at = dimension(node, dim, len(layout))
     need_features(node, layout, [at], does)
@@ -143,7 +134,7 @@ def _resized(walk: Walk, node: Call, dim: Any, does: str) -> Layout:
 
 
 @rule(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default)
-def create(walk: Walk, node: Call) -> Layout:
+def create(walk: Walk, node: fx.Node) -> Layout:
     """A fresh tensor, such as the coin tosses of drop path: it must not be as long as the tokens."""
     if any(lay.size(d) in sizes_of(node)[1:] for d in walk[node.args[0]] if lay.has(d, "tokens")):
         refuse(node, "makes a tensor that may have an entry per token")

@@ -1,0 +1,23 @@
+"""The refusal by which the analysis stops at an operation; what leaves the analysis is an `IdleFxError`."""
+
+from typing import NoReturn
+
+from torch import fx
+
+from idlefx.graph.queries import source_line
+
+
+class RefusedOperation(Exception):
+    """The token axis cannot be followed through an operation, or not for some of the tokens only.
+
+    Whoever follows tokens catches it: `find_blocks` writes it into the table as the reason why a block cannot idle.
+    """
+
+
+def refuse(node: fx.Node, reason: str) -> NoReturn:
+    """Refuse a node, naming the operation and the user's line.
+
+    Raises:
+        RefusedOperation: Always.
+    """
+    raise RefusedOperation(f"{node.target} {reason} (at {source_line(node)})")

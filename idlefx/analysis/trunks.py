@@ -1,0 +1,178 @@
+"""Group residual branches into blocks.
+
+A block begins where the branch of its attention starts. Further branches up to the next attention, such as the MLP,
+belong to the block before them; unless the last attention has fewer of them behind it than the others, as where each
+block has its MLP first. The head's and the stem's branches are told from a block's by what stands between them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from itertools import islice, takewhile
+from typing import TypeVar
+
+import networkx as nx
+from torch import fx
+from torch.fx.node import Target
+
+from idlefx.analysis.attention import Core
+from idlefx.analysis.residuals import Branch, attention_branch, branches_along, starts_before, stream_behind
+from idlefx.graph.queries import region, value
+from idlefx.graph.sizes import shape_of
+
+_MOST_IN_FRONT = 3  # residual branches that a block may have before its attention
+StartsBefore = Callable[[fx.Node], Iterator[fx.Node]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A block in outline: where it begins and ends, and its attention cores."""
+
+    entry: fx.Node
+    exit: fx.Node
+    cores: tuple[Core, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The residual stream from where an attention's branch starts to where that of the next attention does.
+
+    Attributes:
+        cores: The attentions that share the first branch.
+        branches: That branch and those behind it.
+        stream: The nodes that everything passes from the first sum on.
+    """
+
+    cores: tuple[Core, ...]
+    branches: tuple[Branch, ...]
+    stream: list[fx.Node]
+
+    @property
+    def start(self) -> fx.Node:
+        """Where the attention's branch starts."""
+        return self.branches[0].start
+
+    @property
+    def tails(self) -> list[list[Target]]:
+        """The operations between its branches."""
+        return [[node.target for node in branch.tail] for branch in self.branches if branch.tail is not None]
+
+    def first(self, count: int) -> "Segment":
+        """The segment with its first branches only."""
+        return replace(self, branches=self.branches[:count])
+
+
+def find_trunks(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> list[Trunk]:
+    """The blocks around attention cores whose output is added back, in execution order.
+
+    Args:
+        flow: Data flow from the image.
+        source: The image.
+        cores: All attention; that of a pooling head, which is added to nothing, gives no block.
+    """
+    segments = _segments(flow, source, cores)
+    if not segments:
+        return []
+    segments = _without_strangers(segments)
+    norm = _common_tail(flow, segments)
+    before = partial(starts_before, flow, source, tail=len(norm))
+    segments = _without_those_of_the_next(segments, before)
+    exits = [_exit(segment, norm) for segment in segments]
+    entries = _entries(segments, exits, before, list(flow))
+    return [Trunk(a, b, segment.cores) for a, b, segment in zip(entries, exits, segments, strict=True)]
+
+
+def _segments(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> list[Segment]:
+    """The residual stream, cut where the branches of attention start; empty if no attention is added back."""
+    branches: dict[fx.Node, Branch] = {}
+    sharing: dict[fx.Node, list[Core]] = {}
+    for core in cores:
+        branch = attention_branch(flow, source, core)
+        if branch is not None:
+            branches.setdefault(branch.start, branch)
+            sharing.setdefault(branch.start, []).append(core)
+    starts = [node for node in flow if node in branches]
+    outs = {core.out for core in cores}
+    segments = []
+    for start, following in zip(starts, [*starts[1:], None], strict=False):
+        stream = stream_behind(flow, branches[start], following, outs)
+        segments.append(Segment(tuple(sharing[start]), branches_along(flow, start, stream, following), stream))
+    return segments
+
+
+def _without_strangers(segments: list[Segment]) -> list[Segment]:
+    """Leave out residual branches that follow a block but are none of it: those of a head, or between two stages.
+
+    They stand behind other operations than the branches of most blocks do, or the last block alone has them.
+    """
+    *others, last = segments
+    patterns = [segment.tails for segment in others if segment.tails] or [segments[0].tails[:1]]
+    usual = max(patterns, key=patterns.count)
+    most = max((len(segment.branches) for segment in others), default=len(last.branches))
+    own = []
+    for segment in segments:
+        expected = usual + usual[-1:] * len(segment.tails)
+        own.append(segment.first(1 + len(_common_start(segment.tails, expected))))
+    return [*own[:-1], own[-1].first(most)]
+
+
+def _common_tail(flow: nx.DiGraph, segments: list[Segment]) -> list[Target]:
+    """What follows every sum all through the model, as the norm of post-norm models does; not what follows one.
+
+    Nor what joins the stream with another, nor a position embedding that is added in front of every block.
+    """
+    tails = [
+        [node.target for node in _of_block(flow, branch.sum, branch.tail)]
+        for segment in segments
+        for branch in segment.branches
+        if branch.tail is not None
+    ]
+    return reduce(_common_start, tails) if tails else []
+
+
+def _of_block(flow: nx.DiGraph, start: fx.Node, tail: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """The part of a tail that may be a norm or a scaling: it reads the sum and, from outside, vectors of features."""
+    for at, node in enumerate(tail):
+        own = {start, *region(flow, start, node)}
+        outside = [i for i in node.all_input_nodes if i not in own and value(i) is not None]
+        if any(i in flow or sum(size != 1 for size in shape_of(i)) > 1 for i in outside):
+            return tail[:at]
+    return tail
+
+
+def _without_those_of_the_next(segments: list[Segment], before: StartsBefore) -> list[Segment]:
+    """Where the last attention has fewer branches behind it and the first has them in front, so have all."""
+    *others, last = segments
+    counts = {len(segment.branches) for segment in others}
+    missing = counts.pop() - len(last.branches) if len(counts) == 1 else 0
+    if missing > 0 and len(list(islice(before(segments[0].start), missing))) == missing:
+        return [segment.first(len(last.branches)) for segment in segments]
+    return segments
+
+
+def _exit(segment: Segment, norm: list[Target]) -> fx.Node:
+    """Where a block ends: at its last sum, or at the norm behind it."""
+    closed = segment.stream.index(segment.branches[-1].sum)
+    following = [node.target for node in segment.stream[closed + 1 : closed + 1 + len(norm)]]
+    return segment.stream[closed + len(norm) if following == norm else closed]
+
+
+def _entries(
+    segments: list[Segment], exits: list[fx.Node], before: StartsBefore, order: list[fx.Node]
+) -> list[fx.Node]:
+    """Where the blocks begin: at residual branches that stand before every attention and belong to no other block."""
+    entries = [segment.start for segment in segments]
+    if len(segments) == 1:
+        return entries  # nothing tells its own branches from those of the stem
+    in_front = [islice(before(entry), _MOST_IN_FRONT) for entry in entries]
+    for earlier in zip(*in_front, strict=False):  # ends where one of the blocks has no further branch
+        if any(order.index(entry) < order.index(leave) for entry, leave in zip(earlier[1:], exits, strict=False)):
+            break
+        entries = list(earlier)
+    return entries
+
+
+def _common_start(a: list[T], b: list[T]) -> list[T]:
+    """The entries that two lists begin with alike."""
+    return [x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
