@@ -1,6 +1,7 @@
 """Fixtures: every model by name; and which tests run on one worker, because they share what is slow to make."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +23,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups when it is asked the same
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, tests of one model and otherwise those of one file stay together, unless they say so."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            model = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-            item.add_marker(pytest.mark.xdist_group(model if model in MODELS else item.path.stem))
+def companions(nodeid: str) -> str:
+    """What a test shares things with that are slow to make: those of its model, of DeiT-S, or else of its file."""
+    file, _, test = nodeid.partition("::")
+    if "deit_s" in test:
+        return "deit_s"
+    parameters = test.partition("[")[2].removesuffix("]").split("-")
+    return next((each for each in parameters if each in MODELS), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, keep companions on one worker; another `--dist` than the usual one has its way."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByCompanions(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return companions(nodeid)
+
+    return ByCompanions(config, log)
 
 
 @pytest.fixture(scope="session", params=list(MODELS))

@@ -134,7 +134,6 @@ def test_result_of_an_image_does_not_depend_on_its_neighbours(name, model):
         assert relative_error(idle(batch)[-1:], idle(x)[2:3]) < 1e-5
 
 
-@pytest.mark.xdist_group("deit_s")
 @torch.no_grad()
 def test_deit_s_keeps_137_96_67_of_196():
     model, idle = deit_s()
@@ -149,8 +148,7 @@ def test_deit_s_keeps_137_96_67_of_196():
     assert relative_error(idle(x), expected.output) <= 1e-5
 
 
-@pytest.mark.xdist_group("deit_s")
-def test_graph_shows_scores_index_gather_and_scatter():
+def test_graph_of_deit_s_shows_scores_index_gather_and_scatter():
     names = {node.name for node in deit_s()[1].graph.nodes}
     for block in range(12):
         parts = {f"idle_{block}_{part}" for part in ("scores", "index", "gather", "scatter")}

@@ -17,7 +17,6 @@ from tests.support.cases import deit_s
 RESULTS = documents.ROOT / "examples" / "results"
 
 
-@pytest.mark.xdist_group("deit_s")
 def test_deit_s_keeps_and_costs_what_is_written():
     _, converted = deit_s()
     report, kept = idlefx.report(converted), list(dict.fromkeys(step.kept for step in converted.plan))

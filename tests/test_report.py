@@ -41,7 +41,6 @@ def test_idle_gmacs_are_those_of_the_kept_tokens_and_little_more(family):
     assert without_scores < report.idle_gmacs * 1e9 <= (without_scores + scores) * (1 + 1e-6)
 
 
-@pytest.mark.xdist_group("deit_s")
 def test_deit_s_costs_2_88_of_4_60_gmacs():
     report = idlefx.report(deit_s()[1])
     closed_form = (12 * block_macs(197, 384, 1536) + other_macs(196, 16, 384, 1000)) / 1e9

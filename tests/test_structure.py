@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import companions
+
 TESTS = Path(__file__).parent
 FILES = sorted(TESTS.rglob("*.py"))
 LONGEST = 250
@@ -36,3 +38,13 @@ def test_an_oracle_knows_nothing_of_what_it_judges(file):
 def test_no_file_is_too_long():
     lengths = {file.name: len(file.read_text().splitlines()) for file in FILES}
     assert not {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+def test_tests_of_one_model_share_a_worker():
+    ids = [
+        "test_a.py::test_x[blocks-qk_norm]",
+        "test_b.py::test_y[qk_norm]",
+        "test_b.py::test_deit_s_z",
+        "test_b.py::test_w[2]",
+    ]
+    assert list(map(companions, ids)) == ["qk_norm", "qk_norm", "deit_s", "test_b.py"]
