@@ -128,7 +128,7 @@ def rewritten(packaged, path, change):
         ({"device": "xpu"}, "made for xpu, which this machine lacks"),
         ({"machine": {"processor": "riscv"}}, "made for a machine with processor riscv, this one has "),
         ({"machine": {"level": "AVX1024"}}, "made for a machine with level AVX1024, this one has "),
-        ({"format": 2}, "has format 2, this idlefx reads format 1"),
+        ({"format": 3}, "has format 3, this idlefx reads format 2"),
     ],
 )
 def test_artifacts_made_elsewhere_are_refused(packaged, tmp_path, never, change, words):

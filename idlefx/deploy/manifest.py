@@ -47,7 +47,7 @@ def manifest_of(portable: Program) -> dict[str, Any]:
         "batch": list(portable.batch),
         "image_size": list(images.shape[1:]),
         "data": json.loads(json.dumps(conversion.facts.data, default=str)),
-        "classes": classes,
+        "classes": classes and list(classes),
         "inputs": [{"name": n, "shape": s, "dtype": name_of(t.dtype)} for n, s, t in inputs],
         "outputs": [{"name": n, "shape": s, "dtype": name_of(t.dtype)} for n, s, t in outputs],
         "arguments": portable.arguments,
