@@ -16,9 +16,18 @@ from tests.oracles import reference, zoo
 from tests.support import documents
 
 PLAIN = partial(small.build, "vit")
+# One of each library, one with rotary positions, and one of each kind of refusal; the others are slow tests.
+FIRST = (
+    "vit_tiny_patch16_224", "eva02_tiny_patch14_224", "torchvision ViT", "DINOv2 with registers, eager",
+    "swin_tiny_patch4_window7_224", "convit_tiny", "resnet10t",
+)  # fmt: skip
+ROWS = [
+    pytest.param(entry, id=entry.label, marks=() if entry.label in FIRST else pytest.mark.slow)
+    for entry in entries(quick=True)
+]
 
 
-@pytest.mark.parametrize("entry", entries(quick=True), ids=lambda entry: entry.label)
+@pytest.mark.parametrize("entry", ROWS)
 def test_row_of_the_shrunk_table(entry):
     row = survey.check(entry)
     if row.missing:
