@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
 
 import idlefx
 from idlefx.runtime.module import selections
@@ -89,6 +90,31 @@ def test_deepcopy_is_whole_and_independent():
     twin.eval().load_state_dict(build("vit", seed=1).state_dict())
     assert not torch.allclose(twin(x), before, atol=1e-3)
     assert torch.equal(idle(x), before)
+
+
+class ShorterInTraining(nn.Module):
+    """Has a block less in train mode, and a constant of another value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = build("vit")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale, depth = (torch.tensor([2.0]), 3) if self.training else (torch.tensor([1.0]), 4)
+        tokens = self.vit._pos_embed(self.vit.patch_embed(x)) * scale
+        for block in self.vit.blocks[:depth]:
+            tokens = block(tokens)
+        return self.vit.head(tokens[:, 0])
+
+
+@torch.no_grad()
+def test_where_train_mode_cannot_idle_the_constants_are_those_of_eval_mode():
+    model = ShorterInTraining().eval()
+    x = images(model.vit, 2)
+    with pytest.warns(UserWarning, match="in train mode the model has other blocks"):
+        idle = idlefx.convert(model, layers=[1], keep=1.0, example_inputs=x)
+    assert torch.equal(idle(x), model(x))
+    assert torch.equal(copy.deepcopy(idle)(x), model(x))  # a copy makes its code of the graph anew
 
 
 @torch.no_grad()

@@ -41,10 +41,13 @@ class IdleModule(fx.GraphModule):
         Args:
             conversion: What it does in each mode.
             eval_root: Holds the tensors that the graphs of eval mode read.
-            train_root: Holds those of train mode.
+            train_root: Holds those of train mode; not looked at where both modes do the same.
         """
         super().__init__(eval_root, conversion.evaluation.graph, "IdleModule")
-        for form, root in ((conversion.evaluation, eval_root), (conversion.training, train_root)):
+        roots = [(conversion.evaluation, eval_root)]
+        if conversion.training is not conversion.evaluation:
+            roots.append((conversion.training, train_root))
+        for form, root in roots:
             for graph in (form.graph, form.source):
                 _add_constants(self, root, graph)
         adopt(self, eval_root)
