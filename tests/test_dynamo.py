@@ -93,6 +93,29 @@ def test_all_sizes_free_leave_the_batch_free(graphs):
     assert len(graphs) == 1
 
 
+class ScaledByBatch(torch.nn.Module):
+    """What its blocks give is multiplied by a fraction of the number of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = build("vit")
+
+    def forward(self, x):
+        tokens = self.vit._pos_embed(self.vit.patch_embed(x))
+        for block in self.vit.blocks:
+            tokens = block(tokens) * (len(x) / 2.0)
+        return self.vit.head(tokens[:, 0])
+
+
+@torch.no_grad()
+def test_fractions_of_the_batch_leave_it_free(graphs):
+    model = ScaledByBatch().eval()
+    fast = compiled(model, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 5):
+        fast(images(model.vit, batch))
+    assert len(graphs) == 1 and idles(graphs[0])
+
+
 def test_module_stays_the_users(graphs):
     model, seen = build("vit"), []
     names = list(model.state_dict())

@@ -7,6 +7,9 @@ from torch import fx
 import idlefx
 from idlefx import pipeline
 from idlefx.capture.export import capture
+from idlefx.graph import inference
+from idlefx.graph.build import add_call
+from idlefx.graph.queries import output_of
 from idlefx.options import PlanOptions
 from idlefx.planning.schedule import make_plan
 from idlefx.records import Plan
@@ -89,6 +92,16 @@ def test_the_runner_stops_at_the_pass_that_broke_the_graph(fault, monkeypatch):
     monkeypatch.setattr(pipeline, "SPELL", (*pipeline.SPELL, clumsy))
     with pytest.raises(idlefx.PassError, match="in pass clumsy"):
         idlefx.inspect(build("vit"), torch.randn(2, 3, 48, 48))
+
+
+def test_an_equal_number_of_another_type_is_inferred_again():
+    graph = captured().graph
+    with graph.inserting_before(output_of(graph)):
+        ones = add_call(graph, aten.full.default, [2], 1, name="ones", like=output_of(graph))
+    assert inference.is_trusted(ones) and ones.meta["val"].dtype == torch.int64
+    ones.args = ([2], 1.0)  # equal, but gives floating-point numbers
+    assert not inference.is_trusted(ones)
+    inference.forget(graph)
 
 
 def test_a_pass_that_raises_is_named_too(monkeypatch):

@@ -39,7 +39,8 @@ class Basis:
 def basis_of(node: fx.Node) -> Basis:
     """What the value of a node rests on now."""
     inputs = tuple(i.meta.get("val") for i in node.all_input_nodes)
-    return Basis(node.target, node.args, node.kwargs, inputs, node.meta.get("val"))
+    # Frozen, as 1, 1.0 and True are equal, though they may give results of another type.
+    return Basis(node.target, _frozen(node.args), _frozen(node.kwargs), inputs, node.meta.get("val"))
 
 
 def infer(node: fx.Node) -> Any:
@@ -80,8 +81,8 @@ def _frozen(argument: Any) -> Any:
         sizes = (*argument.shape, *argument.stride())
         plain = tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
         return plain, argument.dtype, argument.device, argument.requires_grad
-    if isinstance(argument, torch.SymInt):
-        return argument.node.expr
+    if isinstance(argument, (torch.SymInt, torch.SymFloat, torch.SymBool)):  # whose own hash would fix the batch
+        return type(argument), argument.node.expr
     if isinstance(argument, (list, tuple)):
         return type(argument).__name__, tuple(map(_frozen, argument))
     if isinstance(argument, dict):
