@@ -52,6 +52,28 @@ def test_blocks_of_the_model_keep_their_name_and_their_ways():
     assert idle.blocks[2].attn.qkv.weight is model.blocks[2].attn.qkv.weight
 
 
+def test_lists_of_lists_are_lists_again():
+    vit = build("vit")
+
+    class Staged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.stages = vit, nn.ModuleList(map(nn.ModuleList, ([*vit.blocks[:2]], [*vit.blocks[2:]])))
+            del vit.blocks
+
+        def forward(self, x):
+            tokens = self.vit._pos_embed(self.vit.patch_embed(x))
+            for stage in self.stages:
+                for block in stage:
+                    tokens = block(tokens)
+            return self.vit.head(tokens[:, 0])
+
+    model = Staged().eval()
+    idle = idlefx.convert(model, [1], 0.5, example_inputs=images(build("vit"), 2), copy=False)
+    assert [len(stage) for stage in idle.stages] == [2, DEPTH - 2]
+    assert idle.stages[1][0].attn.qkv.weight is model.stages[1][0].attn.qkv.weight
+
+
 class Planned(nn.Module):
     """A model with parts of its own that are called as the attributes of a converted model are."""
 

@@ -36,7 +36,7 @@ def list_numbered(module: nn.Module) -> None:
 
     A graph module holds the parameters of `blocks.0.norm1` in bare modules, whatever the model had there.
     """
-    for parent in list(module.modules()):
+    for parent in reversed(list(module.modules())):  # from the inside out, as lists hold lists
         for name, child in list(parent.named_children()):
             parts = dict(child.named_children())
             numbers = [str(place) for place in range(len(parts))]
