@@ -52,11 +52,14 @@ _HOMES = {
     "runtime.module": ("IdleModule",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_SUBMODULES = ("data", "finetune", "models", "passes")
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("idlefx.utils.versions").VERSION
+    if name in _SUBMODULES:
+        return import_module(f"idlefx.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'idlefx' has no attribute {name!r}")
     value = getattr(import_module(f"idlefx.{_HOME_OF[name]}"), name)
@@ -65,7 +68,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*globals(), *__all__, *_SUBMODULES})
 
 
 def _register_backend() -> None:

@@ -74,6 +74,13 @@ def test_lists_of_lists_are_lists_again():
     assert idle.stages[1][0].attn.qkv.weight is model.stages[1][0].attn.qkv.weight
 
 
+@pytest.mark.parametrize("name", ["data", "finetune", "models", "passes"])
+def test_submodule_is_there_without_an_import_of_its_own(name):
+    looks = f"import idlefx; print(idlefx.{name}.__name__)"
+    ran = subprocess.run([sys.executable, "-c", looks], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"idlefx.{name}"
+
+
 class Planned(nn.Module):
     """A model with parts of its own that are called as the attributes of a converted model are."""
 
