@@ -25,6 +25,7 @@ from idlefx.passes import (
 from idlefx.planning.schedule import make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.rewriting.verify import promise_of, verify
+from idlefx.runtime.call_checks import checks_of
 from idlefx.runtime.conversion import Conversion, Form
 from idlefx.runtime.module import IdleModule, conversion_of
 
@@ -79,7 +80,14 @@ def convert(
     evaluation = _carry_out(options, captured.eval_graph)
     training = _for_training(captured, evaluation, options)
     conversion = Conversion(
-        options, evaluation, training, captured.facts, captured.batch_free, _origin(model), example_inputs is None
+        options,
+        evaluation,
+        training,
+        captured.facts,
+        captured.batch_free,
+        _origin(model),
+        example_inputs is None,
+        checks_of(model.forward, captured.eval_graph.graph),
     )
     return IdleModule(conversion, captured.eval_graph, captured.train_graph).train(captured.training)
 

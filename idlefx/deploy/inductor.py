@@ -28,14 +28,20 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
         A module that is called like `idle`.
 
     Raises:
-        InputError: The model was not converted.
+        InputError: The model was not converted; when the result is called, its inputs are not those it was traced for.
         ParityError: The compiled model does not compute what the eager one does.
     """
     conversion_of(idle)
-    compiled = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
+    compiled: Any = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
+    # Before Dynamo sees them, whose own error would hide what is wrong with the inputs.
+    compiled.register_forward_pre_hook(_check_inputs, with_kwargs=True)
     if verify and not idle.training:
         check_parity(idle, compiled, "compiled")
     return compiled
+
+
+def _check_inputs(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    conversion_of(compiled._orig_mod).calls.in_order(args, kwargs)
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

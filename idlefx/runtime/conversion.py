@@ -6,6 +6,7 @@ from torch import fx
 
 from idlefx.options import PlanOptions
 from idlefx.records import BlockTable, ModelFacts, Plan
+from idlefx.runtime.call_checks import CallChecks
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Conversion:
         batch_free: Whether the batch size is free.
         origin: What may make a model like this one again: its name in timm, or its class.
         inputs_guessed: Whether the example inputs were guessed, and not given.
+        calls: How it is called, and what of that the trace has built in.
     """
 
     options: PlanOptions
@@ -44,6 +46,7 @@ class Conversion:
     batch_free: bool
     origin: str
     inputs_guessed: bool
+    calls: CallChecks
 
     @property
     def plan(self) -> Plan:

@@ -1,18 +1,19 @@
 """The result of a conversion: a graph module that stays what its model was to its users."""
 
+import inspect
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx import _pytree as fx_pytree
-from torch.fx.graph import _PyTreeCodeGen
+from torch.fx.graph import PythonCode
 from torch.utils._pytree import tree_leaves
 
 from idlefx.errors import InputError
 from idlefx.graph.notes import KEY, only_made_for
 from idlefx.graph.state import adopt, list_numbered, owner_of
 from idlefx.records import Plan
+from idlefx.runtime.call_checks import checked
 from idlefx.runtime.conversion import Conversion
 
 
@@ -53,6 +54,7 @@ class IdleModule(fx.GraphModule):
         adopt(self, eval_root)
         list_numbered(self)
         self.meta[KEY] = conversion
+        self._check_calls()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,6 +64,19 @@ class IdleModule(fx.GraphModule):
             if conversion is None or name not in ("conversion", "plan", "blocks"):
                 raise
             return conversion if name == "conversion" else getattr(conversion, name)
+
+    def recompile(self) -> PythonCode:
+        """Make the code of the graph anew, after it was edited; it refuses the calls that it did before."""
+        code = super().recompile()
+        self._check_calls()
+        return code
+
+    def _check_calls(self) -> None:
+        """Put the checks of inputs before the forward that was made of the graph, once they are known."""
+        conversion = self.__dict__.get("meta", {}).get(KEY)
+        if conversion is not None:
+            kind: Any = type(self)  # every graph module has a class of its own
+            kind.forward = checked(inspect.unwrap(kind.forward), conversion.calls)
 
     def train(self, mode: bool = True) -> "IdleModule":
         """Set train or eval mode, and the graph that belongs to it."""
@@ -78,6 +93,7 @@ class IdleModule(fx.GraphModule):
             _place(copied, name, deepcopy(tensor, memo))
         adopt(copied, self)
         list_numbered(copied)
+        copied._check_calls()
         return copied
 
 
@@ -128,16 +144,10 @@ def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.T
     """
     wanted = {s.block: only_made_for(idle.graph, s.block, "index") for s in conversion_of(idle).plan if s.idles}
     recorder = _Recorder(idle, set(wanted.values()))
-    flat = _flat_inputs(idle.graph, args, kwargs)
+    flat = tree_leaves(conversion_of(idle).calls.in_order(args, kwargs))
     with torch.no_grad():
         recorder.run(*flat, enable_io_processing=False)
     return {block: recorder.seen[node] for block, node in wanted.items()}
-
-
-def _flat_inputs(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Inputs in the order of the placeholders; keywords in the order of the trace, not of the caller."""
-    spec = graph._codegen.pytree_info.in_spec if isinstance(graph._codegen, _PyTreeCodeGen) else None
-    return fx_pytree.tree_flatten_spec((args, kwargs), spec) if spec is not None else tree_leaves((args, kwargs))
 
 
 class _Recorder(fx.Interpreter):
