@@ -25,6 +25,7 @@ from idlefx.passes import (
 from idlefx.planning.schedule import make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.rewriting.verify import promise_of, verify
+from idlefx.runtime.answers import answers_of
 from idlefx.runtime.call_checks import checks_of
 from idlefx.runtime.conversion import Conversion, Form
 from idlefx.runtime.module import IdleModule, conversion_of
@@ -88,6 +89,7 @@ def convert(
         _origin(model),
         example_inputs is None,
         checks_of(model.forward, captured.eval_graph.graph),
+        answers_of(model),
     )
     return IdleModule(conversion, captured.eval_graph, captured.train_graph).train(captured.training)
 

@@ -6,6 +6,7 @@ from torch import fx
 
 from idlefx.options import PlanOptions
 from idlefx.records import BlockTable, ModelFacts, Plan
+from idlefx.runtime.answers import Answers
 from idlefx.runtime.call_checks import CallChecks
 
 
@@ -37,6 +38,7 @@ class Conversion:
         origin: What may make a model like this one again: its name in timm, or its class.
         inputs_guessed: Whether the example inputs were guessed, and not given.
         calls: How it is called, and what of that the trace has built in.
+        answers: What the model says of itself to optimisers, loaders and people.
     """
 
     options: PlanOptions
@@ -47,6 +49,7 @@ class Conversion:
     origin: str
     inputs_guessed: bool
     calls: CallChecks
+    answers: Answers
 
     @property
     def plan(self) -> Plan:

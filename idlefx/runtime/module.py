@@ -23,6 +23,9 @@ class IdleModule(fx.GraphModule):
     Signature, output structure, and the names of parameters and buffers are the original's, so checkpoints load
     both ways. Where train mode runs other operations than eval mode, `.train()` and `.eval()` swap the graph.
 
+    What the model says of itself, in plain data and to optimisers, it still says: `idle.num_classes`,
+    `idle.pretrained_cfg`, `idle.no_weight_decay()`.
+
     What the model itself calls `plan`, `blocks` or `conversion` keeps its name; `idle.plan.blocks` is the table of
     blocks whatever the model calls its own.
 
@@ -61,6 +64,8 @@ class IdleModule(fx.GraphModule):
             return super().__getattr__(name)
         except AttributeError:
             conversion = self.__dict__.get("meta", {}).get(KEY)
+            if conversion is not None and name in conversion.answers:
+                return conversion.answers.get(name)
             if conversion is None or name not in ("conversion", "plan", "blocks"):
                 raise
             return conversion if name == "conversion" else getattr(conversion, name)

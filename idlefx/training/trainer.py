@@ -53,7 +53,7 @@ class Trainer:
         world: World,
     ) -> None:
         from timm.data import Mixup
-        from timm.optim import create_optimizer_v2
+        from timm.optim import create_optimizer_v2, param_groups_weight_decay
         from timm.scheduler import create_scheduler_v2
         from timm.utils import ModelEmaV3
 
@@ -66,7 +66,9 @@ class Trainer:
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.images = batch_size * settings.accumulate * world.size
         rate = settings.rate(self.images)
-        self.optimizer = create_optimizer_v2(student, opt="adamw", lr=rate, weight_decay=settings.weight_decay)
+        undecayed: set[str] = getattr(idle, "no_weight_decay", set)()  # the student, a plain graph, cannot say
+        groups = param_groups_weight_decay(student, settings.weight_decay, no_weight_decay_list=undecayed)
+        self.optimizer = create_optimizer_v2(groups, opt="adamw", lr=rate)
         lowest = min(settings.min_lr, rate)
         self.schedule, _ = create_scheduler_v2(
             self.optimizer, "cosine", num_epochs=steps, min_lr=lowest, warmup_lr=lowest,

@@ -1,0 +1,94 @@
+"""A converted model tells optimisers and loaders what its original tells them."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+import idlefx
+from idlefx.capture.export import capture
+from idlefx.pipeline import spell
+from idlefx.training.config import Settings
+from idlefx.training.distributed import World
+from idlefx.training.feature_taps import tap
+from idlefx.training.trainer import Trainer
+from tests.models.small import build, images
+
+NAMES = {"vit": "vit_tiny_patch16_224", "beit": "beit_base_patch16_224"}
+SMALL = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request):
+    """A model and what it was converted into."""
+    model = timm.create_model(NAMES[request.param], **SMALL).eval()
+    return model, idlefx.convert(model, layers=[1], keep=0.5)
+
+
+def told(model, **settings):
+    """By name, how an optimiser of timm treats a parameter: its weight decay, and the scale of its learning rate."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, **settings).param_groups
+    return {names[id(p)]: (g["weight_decay"], g.get("lr_scale", 1.0)) for g in groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("settings", [{}, {"layer_decay": 0.75}], ids=["decay", "layers"])
+def test_optimisers_treat_parameters_as_the_models(pair, settings):
+    model, idle = pair
+    wanted = told(model, **settings)
+    assert len(set(wanted.values())) > 1 and wanted["cls_token"][0] == 0
+    for form in (idle, copy.deepcopy(idle), idlefx.with_cut_loss(idle)):
+        assert told(form, **settings) == wanted
+
+
+def test_loaders_and_people_are_told_the_same(pair):
+    model, idle = pair
+    assert resolve_model_data_config(idle) == {**resolve_model_data_config(model)}
+    assert idle.pretrained_cfg == model.pretrained_cfg and idle.default_cfg == model.default_cfg
+    assert (idle.num_classes, idle.embed_dim, idle.num_features) == (10, 48, 48)
+    assert idle.group_matcher(coarse=True) == model.group_matcher(coarse=True)
+    idle.no_weight_decay().clear()  # what was returned is the caller's
+    assert idle.no_weight_decay() == model.no_weight_decay()
+    idle.num_classes = 5
+    assert idle.num_classes == 5 and model.num_classes == 10
+
+
+def test_mean_of_a_model_of_its_own():
+    model = build("vit")
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    assert resolve_model_data_config(idlefx.convert(model, layers=[1], keep=0.5))["mean"] == (0.1, 0.2, 0.3)
+
+
+def test_what_a_model_does_not_say_its_form_does_not_either():
+    class Silent(nn.Module):
+        """A model that says only one thing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit, self.plan = build("vit"), "my own plan"
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.vit(x)
+
+    model = Silent().eval()
+    idle = idlefx.convert(model, layers=[1], keep=0.5, example_inputs=images(model.vit, 2))
+    for name in ("no_weight_decay", "group_matcher", "pretrained_cfg", "num_classes"):
+        assert not hasattr(idle, name)
+    assert idle.plan == "my own plan" and idle.conversion.plan[0].block == 1
+
+
+def test_finetuning_decays_what_the_model_lets_decay(pair):
+    model, idle = pair
+    idle = copy.deepcopy(idle)
+    teacher, student = tap(spell(capture(model).eval_graph)), tap(idlefx.with_cut_loss(idle).train())
+    settings = Settings(train_all=True, weight_decay=0.05)
+    trainer = Trainer(idle.eval(), student, teacher, settings, steps=1, batch_size=2, world=World(torch.device("cpu")))
+    names = {id(parameter): name for name, parameter in idle.named_parameters()}
+    found = {names[id(p)]: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    wanted = told(model)
+    assert {name: wanted[name][0] for name in found} == found
+    assert found["cls_token"] == 0
