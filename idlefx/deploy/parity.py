@@ -25,7 +25,7 @@ def example_of(idle: fx.GraphModule, batch: int | None = None) -> Inputs:
             equal sizes for the same.
 
     Raises:
-        InputError: The module was pickled, which loses the shapes of its inputs.
+        InputError: Its graph was edited, and no longer holds the shapes of its inputs.
     """
     graph, noise = idle.graph, torch.Generator().manual_seed(0)
     home = next((t.device for t in [*idle.parameters(), *idle.buffers()]), torch.device("cpu"))

@@ -15,6 +15,7 @@ from idlefx.graph.state import adopt, list_numbered, owner_of
 from idlefx.records import Plan
 from idlefx.runtime.call_checks import checked
 from idlefx.runtime.conversion import Conversion
+from idlefx.runtime.saving import SavedModule, own_attributes, saved
 
 
 class IdleModule(fx.GraphModule):
@@ -91,6 +92,19 @@ class IdleModule(fx.GraphModule):
             self.graph = graph
         return self
 
+    def __copy__(self) -> "IdleModule":
+        copied = IdleModule(conversion_of(self), self, self).train(self.training)
+        vars(copied).update(own_attributes(self))
+        return copied
+
+    def _replicate_for_data_parallel(self) -> "IdleModule":
+        replica = self.__copy__()
+        object.__setattr__(replica, "_is_replica", True)
+        return replica
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, (saved(self, conversion_of(self)),)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "IdleModule":
         copied: IdleModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
@@ -99,6 +113,7 @@ class IdleModule(fx.GraphModule):
         adopt(copied, self)
         list_numbered(copied)
         copied._check_calls()
+        vars(copied).update(deepcopy(own_attributes(self), memo))
         return copied
 
 
@@ -112,6 +127,16 @@ def conversion_of(model: object) -> Conversion:
     if not isinstance(conversion, Conversion):
         raise InputError(f"model: a {type(model).__name__} was not converted; give what idlefx.convert returns")
     return conversion
+
+
+def _load(file: SavedModule) -> IdleModule:
+    """What `IdleModule.__reduce__` makes pickle call."""
+    root = file.root()
+    idle = IdleModule(file.remembered(), root, root).train(file.modes[""])
+    for name, module in idle.named_modules():
+        module.training = file.modes.get(name, idle.training)
+    vars(idle).update(file.attributes)
+    return idle
 
 
 def _add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
