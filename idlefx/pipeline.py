@@ -53,7 +53,8 @@ def convert(
     """Turn a Vision Transformer into one whose chosen blocks let the uninformative tokens idle.
 
     Args:
-        model: Any module whose blocks attend over one sequence of tokens.
+        model: Any module whose blocks attend over one sequence of tokens; out of `torch.compile`, `DataParallel` or
+            `DistributedDataParallel` it is taken, so wrap the result anew.
         layers: Block indices, from 0 in execution order: where stages begin, or with `schedule="blocks"` exactly
             the blocks that idle. `inspect` shows them.
         keep: Share of the image tokens that works, in (0, 1]; a list gives each entry of `layers` its own.
@@ -86,10 +87,10 @@ def convert(
         training,
         captured.facts,
         captured.batch_free,
-        _origin(model),
+        _origin(captured.model),
         example_inputs is None,
-        checks_of(model.forward, captured.eval_graph.graph),
-        answers_of(model),
+        checks_of(captured.model.forward, captured.eval_graph.graph),
+        answers_of(captured.model),
     )
     return IdleModule(conversion, captured.eval_graph, captured.train_graph).train(captured.training)
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idlefx.capture.cleanup import tidy
 from idlefx.capture.inputs import guess_inputs, known_facts
+from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
 from idlefx.records import ModelFacts
 
@@ -30,6 +31,7 @@ class Captured:
     """A traced model.
 
     Attributes:
+        model: The user's module, out of what it was wrapped in.
         eval_graph: What the model does in eval mode.
         train_graph: What it does in train mode; the same object where the mode makes no difference.
         training: The mode the model was in.
@@ -37,6 +39,7 @@ class Captured:
         batch_free: Whether the batch size is free.
     """
 
+    model: nn.Module
     eval_graph: fx.GraphModule
     train_graph: fx.GraphModule
     training: bool
@@ -48,7 +51,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
     """Trace a model in eval mode, and in train mode too where that differs.
 
     Args:
-        model: Any module; it stays in the mode it is in.
+        model: Any module, also inside `torch.compile` or a data parallel wrapper; it stays in the mode it is in.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed if missing.
         copy_model: Trace a deep copy, so that nothing is shared with the model.
 
@@ -56,6 +59,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
         InputError: Weights or example inputs that cannot be run.
         CaptureError: torch.export cannot trace the model.
     """
+    model = unwrapped(model)
     _check_weights(model)
     inputs, facts = _normal_inputs(model, example_inputs)
     target = copy.deepcopy(model) if copy_model else model
@@ -71,12 +75,10 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
             module.training = mode
     if not batch_free:
         warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=3)
-    return Captured(eval_graph, train_graph, model.training, facts, batch_free)
+    return Captured(model, eval_graph, train_graph, model.training, facts, batch_free)
 
 
 def _check_weights(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise InputError(f"capture: expected a torch.nn.Module, got {type(model).__name__}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise InputError(f"capture: `{name}` is lazy and has no shape yet; run the model once, then convert it")
