@@ -2,7 +2,8 @@
 
 1. `einsum` of two operands becomes a matrix product between permutations.
 2. A product with an outside matrix becomes a linear layer; `baddbmm` becomes a batched product and a sum.
-3. An operation that overwrites a tensor nobody else holds becomes the one that makes a new tensor.
+3. An operation that overwrites memory which nobody else looks at later becomes the one that makes a new tensor. What
+   writes into an input, a parameter or a buffer stays, through however many names it does so.
 4. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
 5. What does not fit these rules stays, for `propagation` to accept or to refuse.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from idlefx.graph.build import add_call
+from idlefx.graph.memory import Memory
 from idlefx.graph.queries import image_data, remove_dead, tensor_argument
 from idlefx.records import Plan
 from idlefx.rewriting.einsum import add_product
@@ -87,19 +89,24 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     packet = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
     pure = getattr(packet, schema.overload_name or "default", None)
     target = node.args[0]
-    if pure is None or not isinstance(target, fx.Node) or target.op != "call_function" or _is_view(target):
+    if pure is None or not isinstance(target, fx.Node):
         return None
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    if any(_is_view(user) and order[user] < order[node] for user in target.users):
+    memory = Memory(graph)
+    if not _is_private(memory, node, target):
         return None
     options: Any = node.kwargs
     result = add_call(graph, pure, *node.args, name=schema.name.removeprefix("aten::"), like=node, **options)
-    later = [user for user in target.users if order.get(user, -1) > order[node]]
+    if result.meta["val"].dtype != target.meta["val"].dtype:  # only the overwriting form keeps the type
+        graph.erase_node(result)
+        return None
+    later = [user for user in target.users if memory.order.get(user, -1) > memory.order[node]]
     for user in later:
         user.replace_input_with(target, result)
     return result
 
 
-def _is_view(node: fx.Node) -> bool:
-    schema: Any = getattr(node.target, "_schema", None)
-    return schema is not None and not schema.is_mutable and any(a.alias_info for a in schema.arguments)
+def _is_private(memory: Memory, node: fx.Node, target: fx.Node) -> bool:
+    """Whether what `node` writes into `target` is seen through `target` and `node` alone, and what is made of them."""
+    older = [n for n in memory.sharing(target) if n is not target and memory.order[n] < memory.order[node]]
+    read_later = any(memory.order[user] > memory.order[node] for n in older for user in n.users)
+    return not memory.is_seen_outside(target) and not read_later

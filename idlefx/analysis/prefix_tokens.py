@@ -13,6 +13,7 @@ from idlefx.analysis.propagation import follow
 from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.rules.registry import rule_of
 from idlefx.analysis.walk import Walk
+from idlefx.graph.memory import Memory, written
 from idlefx.graph.queries import argument, dominator_chain, region, value
 from idlefx.graph.sizes import FREE_BATCH, plain_shape, shape_of
 
@@ -41,6 +42,8 @@ def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.No
     count = plain_shape(tensor)[dim]
     if node not in flow:
         return [False] * count
+    if _is_written_from(flow, node):
+        return [True] * count
     if node in blocks:
         return _from_image(flow, blocks[node], dim, blocks)
     target, args = node.target, list[Any](node.args)
@@ -66,6 +69,23 @@ def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.No
         operands = [_operand(flow, i, tensor.ndim, dim, count, blocks) for i in node.all_input_nodes if i in flow]
         return [any(column) for column in zip(*operands, strict=True)]
     return [True] * count
+
+
+def _is_written_from(flow: nx.DiGraph, node: fx.Node) -> bool:
+    """Whether something of the image is written into a tensor in place, through a view or another name."""
+    if "memory" not in flow.graph:
+        flow.graph["memory"] = Memory(node.graph)
+    memory: Memory = flow.graph["memory"]
+
+    def is_itself(i: fx.Node, target: fx.Node) -> bool:  # `x[:, 0] += y` writes the sum, and then writes it once more
+        return i is target or (bool(written(i)) and memory.share(i, target))
+
+    return any(
+        i in flow and not any(is_itself(i, target) for target in written(write))
+        for write in memory.writes_into([node])
+        if write is not node
+        for i in write.all_input_nodes
+    )
 
 
 def _before_rowwise(flow: nx.DiGraph, node: fx.Node, dim: int) -> fx.Node | None:

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from idlefx.graph.memory import Memory
 from idlefx.graph.queries import argument, carries_tensors, remove_dead, run_target
 from idlefx.graph.sizes import SMALL_BATCH, number
 from idlefx.graph.state import adopt
@@ -61,12 +62,12 @@ def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _drop_masks(graph: fx.Graph) -> None:
-    order = {node: place for place, node in enumerate(graph.nodes)}
+    memory = Memory(graph)
     for node in list(graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
         mask = argument(node, 3, "attn_mask")
-        while mask is not None and (kept := _without_idle_part(mask, order)) is not mask:
+        while mask is not None and (kept := _without_idle_part(mask, memory)) is not mask:
             mask = kept
         if len(node.args) > 3:
             node.args = (*node.args[:3], mask, *node.args[4:])
@@ -74,26 +75,26 @@ def _drop_masks(graph: fx.Graph) -> None:
             node.kwargs = {**node.kwargs, "attn_mask": mask}
 
 
-def _without_idle_part(mask: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
+def _without_idle_part(mask: fx.Node, memory: Memory) -> fx.Node | None:
     """The mask, or what is left of it if it, or a summand of it, masks nothing."""
-    if _masks_nothing(mask, order):
+    if _masks_nothing(mask, memory):
         return None
     a, b = argument(mask, 0), argument(mask, 1)
     if mask.target is aten.add.Tensor and isinstance(a, fx.Node) and isinstance(b, fx.Node):
-        if _masks_nothing(b, order):
+        if _masks_nothing(b, memory):
             return a
-        if _masks_nothing(a, order):
+        if _masks_nothing(a, memory):
             return b
     return mask
 
 
-def _masks_nothing(mask: fx.Node, order: dict[fx.Node, int]) -> bool:
-    value = _constant(mask, order)
+def _masks_nothing(mask: fx.Node, memory: Memory) -> bool:
+    value = _constant(mask, memory)
     return value is not None and bool(value.all() if value.dtype == torch.bool else (value == 0).all())
 
 
-def _constant(node: fx.Node, order: dict[fx.Node, int]) -> Any:
-    """The value of a node that only sizes decide, for a batch of two; None if an input or a parameter does."""
+def _constant(node: fx.Node, memory: Memory) -> Any:
+    """The value of a node that only sizes decide, for a batch of two; None if an input, a parameter or a write does."""
     needed, stack = set[fx.Node](), [node]
     while stack:
         current = stack.pop()
@@ -104,8 +105,10 @@ def _constant(node: fx.Node, order: dict[fx.Node, int]) -> Any:
             return None
         needed.add(current)
         stack += current.all_input_nodes
+    if not needed.issuperset(memory.writes_into(needed)):
+        return None
     values: dict[fx.Node, Any] = {}
-    for current in sorted(needed, key=order.__getitem__):
+    for current in sorted(needed, key=memory.order.__getitem__):
         given = (current.args, current.kwargs)
         args, kwargs = map_arg(given, lambda n: values[n] if n in values else number(n, SMALL_BATCH))
         values[current] = run_target(current, args, kwargs)

@@ -202,10 +202,10 @@ class _Recorder(TorchDispatchMode):
 
 def _mode_matters(model: nn.Module, inputs: Args) -> bool:
     """Whether train and eval mode run different operations, found by running both."""
-    args, kwargs = inputs
     streams = []
     for training in (False, True):
-        # Cloned buffers: batch norms in train mode write their statistics.
+        # Cloned: batch norms in train mode write their statistics, and a model may write into its inputs.
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.no_grad(), torch.random.fork_rng(devices), _Recorder() as recorder:

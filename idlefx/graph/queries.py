@@ -11,6 +11,8 @@ import networkx as nx
 import torch
 from torch import fx
 
+from idlefx.graph.memory import has_effect
+
 SINK = "sink"
 
 _LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
@@ -130,17 +132,15 @@ def leaks(nodes: Iterable[fx.Node], end: fx.Node) -> list[fx.Node]:
 
 
 def _reads_tensor(user: fx.Node) -> bool:
-    return user.op == "output" or carries_tensors(user)
+    return user.op == "output" or carries_tensors(user) or has_effect(user)
 
 
 def remove_dead(graph: fx.Graph) -> None:
-    """Remove what nobody reads. A dropout that nobody reads goes too, though torch counts its dice as an effect."""
+    """Remove what nobody reads and what writes nothing.
 
-    def has_effect(node: fx.Node) -> bool:
-        schema = getattr(node.target, "_schema", None)
-        return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
-
-    graph.eliminate_dead_code(has_effect)
+    A dropout that nobody reads goes too, though torch counts its dice as an effect.
+    """
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or has_effect(node))
 
 
 def common_path(nodes: Iterable[fx.Node]) -> str:
