@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idlefx.capture.cleanup import tidy
 from idlefx.capture.inputs import guess_inputs, known_facts
+from idlefx.capture.modes import Modes
 from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
 from idlefx.records import ModelFacts
@@ -63,19 +64,18 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
     _check_weights(model)
     inputs, facts = _normal_inputs(model, example_inputs)
     target = copy.deepcopy(model) if copy_model else model
-    modes = {module: module.training for module in model.modules()}
+    modes = Modes(target)
     try:
-        eval_graph, batch_free = _trace(target.eval(), inputs)
+        eval_graph, batch_free = _trace(modes.switch(False), inputs)
         train_graph = eval_graph
-        if _mode_matters(target, inputs):
-            train_graph, train_free = _trace(target.train(), inputs)
+        if _mode_matters(modes, inputs):
+            train_graph, train_free = _trace(modes.switch(True), inputs)
             batch_free = batch_free and train_free
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        modes.restore()
     if not batch_free:
         warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=3)
-    return Captured(model, eval_graph, train_graph, model.training, facts, batch_free)
+    return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -200,18 +200,30 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _mode_matters(model: nn.Module, inputs: Args) -> bool:
-    """Whether train and eval mode run different operations, found by running both."""
-    streams = []
-    for training in (False, True):
-        # Cloned: batch norms in train mode write their statistics, and a model may write into its inputs.
-        args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.no_grad(), torch.random.fork_rng(devices), _Recorder() as recorder:
-            try:
-                functional_call(model.train(training), buffers, args, kwargs)
-            except Exception as error:
-                raise _explain(model, inputs, error) from error
-        streams.append(recorder.stream)
-    return streams[0] != streams[1]
+def _mode_matters(modes: Modes, inputs: Args) -> bool:
+    """Whether train and eval mode run different operations, found by running both; and warn of what gets lost."""
+    streams = {training: _operations(modes.switch(training), inputs) for training in (False, True)}
+    if modes.mixed and streams[modes.training] != _operations(
+        modes.switch(modes.training).train(modes.training), inputs
+    ):
+        one, other = ("train", "eval") if modes.training else ("eval", "train")
+        warnings.warn(
+            f"{modes.apart()} in {other} mode, the model in {one} mode: the converted model keeps it so whenever it is "
+            f"in {one} mode; call model.{'train' if modes.training else 'eval'}() first if all parts should follow",
+            stacklevel=4,
+        )
+    return streams[False] != streams[True]
+
+
+def _operations(model: nn.Module, inputs: Args) -> list[str]:
+    """The operations that the model runs, with their settings."""
+    # Cloned: batch norms in train mode write their statistics, and a model may write into its inputs.
+    args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.no_grad(), torch.random.fork_rng(devices), _Recorder() as recorder:
+        try:
+            functional_call(model, buffers, args, kwargs)
+        except Exception as error:
+            raise _explain(model, inputs, error) from error
+    return recorder.stream

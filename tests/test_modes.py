@@ -1,0 +1,109 @@
+"""Parts in another mode than the model stay in it, and a warning says which."""
+
+import warnings
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import idlefx
+from tests.models.small import build, images
+from tests.support.messages import says
+
+
+def vit(**options):
+    return build("vit", depth=2, **options)
+
+
+def converted(model, keep, x):
+    """The converted model, and what was said of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        idle = idlefx.convert(model, [1], keep, example_inputs=x)
+    return idle, [words for warning in caught if "converted" in (words := str(warning.message))]
+
+
+def same_dice(a, b, x):
+    results = []
+    for model in (a, b):
+        torch.manual_seed(1)
+        results.append(model(x))
+    return torch.equal(*results)
+
+
+def moves(model, x):
+    """Whether two calls differ."""
+    return not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@torch.no_grad()
+def test_monte_carlo_dropout_stays_on(keep):
+    model = vit(proj_drop_rate=0.3)
+    x = images(model, 2)
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.train()
+    idle, words = converted(model, keep, x)
+    assert len(words) == 1
+    assert says(words[0], r"`pos_drop`.*more in train mode, the model in eval mode", r"model\.eval\(\) first")
+    assert not idle.training and moves(idle, x)
+    assert moves(idle.train(), x) and moves(idle.eval(), x)
+    if keep == 1.0:
+        assert same_dice(idle.eval(), model, x) and same_dice(idle.train(), model.train(), x)
+
+    with_loss = idlefx.with_cut_loss(idle.eval())
+    assert not torch.equal(with_loss(x)[0], with_loss(x)[0])
+
+
+@torch.no_grad()
+def test_frozen_blocks_stay_in_eval_mode():
+    model = vit(proj_drop_rate=0.3, drop_rate=0.5).train()
+    x = images(model, 2)
+    model.blocks.eval()
+    idle, words = converted(model, 1.0, x)
+    assert len(words) == 1 and says(words[0], "^`blocks` in eval mode, the model in train mode", r"model\.train\(\)")
+    assert idle.training and same_dice(idle, model, x)
+    assert moves(idle, x), "the head's dropout is on"
+    model.head_drop.eval()
+    idle, _ = converted(model, 1.0, x)
+    assert not moves(idle, x) and not moves(idle.eval(), x) and not moves(idle.train(), x)
+
+
+@torch.no_grad()
+def test_frozen_batch_norm_keeps_its_statistics():
+    model = vit().train()
+    model.fc_norm = nn.BatchNorm1d(48).eval()
+    x = images(model, 4)
+    idle, words = converted(model, 0.5, x)
+    assert len(words) == 1 and says(words[0], "^`fc_norm` in eval mode")
+    before = idle.get_buffer("fc_norm.running_mean").clone()
+    idle(x)
+    assert torch.equal(idle.get_buffer("fc_norm.running_mean"), before)
+    model.train()
+    idle, words = converted(model, 0.5, x)
+    idle(x)
+    assert not words and not torch.equal(idle.get_buffer("fc_norm.running_mean"), before)
+
+
+@torch.no_grad()
+def test_what_the_model_freezes_by_itself_is_frozen_without_a_word():
+    class Frozen(VisionTransformer):
+        def train(self, mode=True):
+            super().train(mode)
+            self.blocks.eval()
+            return self
+
+    model = Frozen(img_size=48, patch_size=8, embed_dim=48, num_heads=3, depth=2, num_classes=4, proj_drop_rate=0.3)
+    x = images(model, 2)
+    for state in (model, model.train(), model.eval()):
+        idle, words = converted(state, 1.0, x)
+        assert not words and not moves(idle.train(), x) and not moves(idle.eval(), x)
+
+
+@torch.no_grad()
+def test_parts_whose_mode_does_not_matter_are_not_spoken_of():
+    model = vit()
+    model.blocks[0].train()
+    assert not converted(model, 1.0, images(model, 2))[1]
