@@ -1,4 +1,4 @@
-"""Parts in another mode than the model stay in it, and a warning says which."""
+"""Parts in another mode than the model stay in it, and a warning says which; lost checkpoints are announced too."""
 
 import warnings
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils.checkpoint import checkpoint
 
 import idlefx
+from idlefx.deploy import torch_compile
 from tests.models.small import build, images
 from tests.support.messages import says
 
@@ -107,3 +110,51 @@ def test_parts_whose_mode_does_not_matter_are_not_spoken_of():
     model = vit()
     model.blocks[0].train()
     assert not converted(model, 1.0, images(model, 2))[1]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_checkpointing_that_gets_lost_is_announced(mode):
+    model = vit().train(mode)
+    x = images(model, 2)
+    model.set_grad_checkpointing()
+    idle, words = converted(model, 1.0, x)
+    assert len(words) == 1 and says(words[0], "checkpoints activations", r"timm/\S+\.py:\d+", "fewer images")
+    assert torch.equal(idle(x), model(x))
+
+
+class Own(nn.Module):
+    """A ViT with checkpoints in its own forward, in train mode."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.vit, self.reentrant = vit(), reentrant
+
+    def forward(self, x):
+        x = self.vit._pos_embed(self.vit.patch_embed(x))
+        for block in self.vit.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant) if self.training else block(x)
+        return self.vit.head(self.vit.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_line_of_the_checkpoint_is_the_users(reentrant):
+    model = Own(reentrant)
+    _, words = converted(model, 0.5, images(model.vit, 2))
+    assert len(words) == 1 and says(words[0], r"test_modes\.py:\d+\)")
+
+
+@pytest.mark.parametrize("make", [lambda: Own(False), lambda: vit().train()], ids=["own", "timm"])
+def test_the_backend_refuses_checkpoints_in_words(make, monkeypatch):
+    monkeypatch.setattr(torch_compile, "compile_graph", lambda module, _: module)
+    torch._dynamo.reset()
+    model = make()
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()
+    fast = torch.compile(model, backend="idlefx", options={"layers": [1], "keep": 0.5})
+    with pytest.raises(BackendCompilerFailed) as caught:
+        fast(images(vit(), 2))
+    refusal = caught.value.inner_exception
+    assert isinstance(refusal, idlefx.errors.CaptureError)
+    assert says(str(refusal), "checkpoints activations", r"\.py:\d+", "set_grad_checkpointing", "convert")
+    assert len(str(refusal)) < 500
+    torch._dynamo.reset()

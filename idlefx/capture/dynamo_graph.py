@@ -26,8 +26,14 @@ def lower(given: fx.GraphModule) -> fx.GraphModule:
     """The ATen graph of a Dynamo graph, in which the model's own tensors are attributes, not inputs.
 
     Raises:
-        CaptureError: An operation cannot be traced.
+        CaptureError: An operation cannot be traced, or activations are checkpointed.
     """
+    for node in given.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
+        raise CaptureError(
+            f"capture: the model checkpoints activations (at {source_line(node)}), and the backend does not see what "
+            "is inside; switch that off (timm: `set_grad_checkpointing(False)`, Hugging Face: "
+            "`gradient_checkpointing_disable()`), or use idlefx.convert, which does without"
+        )
     holders = placeholders(given.graph)
     values = [_example(holder) for holder in holders]
     mode = next((found for v in values if (found := getattr(v, "fake_mode", None)) is not None), None)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idlefx.capture.cleanup import tidy
 from idlefx.capture.inputs import guess_inputs, known_facts
-from idlefx.capture.modes import Modes
+from idlefx.capture.modes import Modes, checkpoints_seen
 from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
 from idlefx.records import ModelFacts
@@ -202,7 +202,14 @@ class _Recorder(TorchDispatchMode):
 
 def _mode_matters(modes: Modes, inputs: Args) -> bool:
     """Whether train and eval mode run different operations, found by running both; and warn of what gets lost."""
-    streams = {training: _operations(modes.switch(training), inputs) for training in (False, True)}
+    with checkpoints_seen() as lines:
+        streams = {training: _operations(modes.switch(training), inputs) for training in (False, True)}
+    if lines:
+        warnings.warn(
+            f"the model checkpoints activations (at {lines[0]}), and the converted one does not: training it holds all "
+            "of them, which takes more memory; fewer images in a step make up for it",
+            stacklevel=4,
+        )
     if modes.mixed and streams[modes.training] != _operations(
         modes.switch(modes.training).train(modes.training), inputs
     ):

@@ -1,6 +1,17 @@
-"""The modes of a model's parts."""
+"""The modes of a model's parts, and what its forward does in a mode beside what a graph shows."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch.utils.checkpoint
 from torch import nn
+
+from idlefx.graph.queries import LIBRARIES
+
+_CHECKPOINT = torch.utils.checkpoint.__file__
 
 
 class Modes:
@@ -40,3 +51,31 @@ class Modes:
                 names.append(name)
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return ", ".join(f"`{name}`" for name in names[:3]) + rest
+
+
+@contextmanager
+def checkpoints_seen() -> Iterator[list[str]]:
+    """Collect the lines at which what runs meanwhile calls `torch.utils.checkpoint`, however it was imported."""
+    lines: list[str] = []
+    before = sys.getprofile()
+
+    def watch(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename == _CHECKPOINT and not lines:
+            lines.append(_own_line(frame))
+
+    sys.setprofile(watch)
+    try:
+        yield lines
+    finally:
+        sys.setprofile(before)
+
+
+def _own_line(frame: FrameType) -> str:
+    """The innermost line of the user's own file, or of the library that calls torch."""
+    places, current = list[str](), frame.f_back
+    while current is not None and not current.f_globals.get("__name__", "").startswith("idlefx."):
+        places.append(f"{current.f_code.co_filename}:{current.f_lineno}")
+        current = current.f_back
+    outside = [place for place in places if "/torch/" not in place]
+    own = [place for place in outside if not any(part in place for part in LIBRARIES)]
+    return (own or outside or ["unknown line"])[0]

@@ -15,7 +15,7 @@ from idlefx.graph.memory import has_effect
 
 SINK = "sink"
 
-_LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
+LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
 
 
 def value(node: fx.Node) -> torch.Tensor | None:
@@ -164,6 +164,6 @@ def source_line(node: fx.Node) -> str:
             file, number = line.split('"')[1], line.split("line ")[1].split(",")[0].strip()
             code = lines[at + 1].strip() if at + 1 < len(lines) else ""
             frames.append((file, f"{file}:{number}: {code}"))
-    own = [text for file, text in frames if not any(part in file for part in _LIBRARIES)]
+    own = [text for file, text in frames if not any(part in file for part in LIBRARIES)]
     outside_torch = [text for file, text in frames if "/torch/" not in file]
     return next((group[-1] for group in (own, outside_torch) if group), "unknown line")
