@@ -28,7 +28,7 @@ from idlefx.rewriting.verify import promise_of, verify
 from idlefx.runtime.answers import answers_of
 from idlefx.runtime.call_checks import checks_of
 from idlefx.runtime.conversion import Conversion, Form
-from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.runtime.module import IdleModule, conversion_of, converted
 
 Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 
@@ -102,7 +102,7 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
     graph of `idle`: the graph that was captured, which `idle` remembers, is rewritten anew by the same plan.
 
     Args:
-        idle: A converted model; it stays untouched. Move it to its device first.
+        idle: A converted model, compiled or not; it stays untouched. Move it to its device first.
 
     Returns:
         A module like `idle`, whose forward returns `(output, cut_loss)`; the loss is a scalar, averaged over the
@@ -111,6 +111,7 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
     Source:
         IdleViT, arXiv:2310.05654; `idlefx.runtime.cut_loss.token_cut` states the formula.
     """
+    idle = converted(idle)
     conversion = conversion_of(idle)
     evaluation = _with_cut_loss(idle, conversion.evaluation)
     training = evaluation
@@ -164,8 +165,12 @@ def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) ->
     blocks = find_blocks(spelled, options.prefix)
     same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
     if not same or not all(blocks[s.block].can_idle for s in plan):
+        sizes = sorted({(b.tokens, other.tokens) for b, other in zip(blocks, plan.blocks, strict=False)})
+        told = ", ".join(f"{train} tokens instead of {evaluates}" for train, evaluates in sizes if train != evaluates)
         warnings.warn(
-            "in train mode the model has other blocks than in eval mode; `.train()` keeps what eval mode does",
+            f"in train mode the model has other blocks than in eval mode{told and ': ' + told}; after `.train()` the "
+            "converted model does what it does in eval mode, with no dropout of any kind; switch off what drops whole "
+            "tokens (timm: `patch_drop_rate=0`) before converting",
             stacklevel=3,
         )
         return evaluation

@@ -22,6 +22,7 @@ from idlefx.capture.inputs import guess_inputs, known_facts
 from idlefx.capture.modes import Modes, checkpoints_seen
 from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
+from idlefx.graph.state import keeps_more
 from idlefx.records import ModelFacts
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
@@ -63,6 +64,13 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
     model = unwrapped(model)
     _check_weights(model)
     inputs, facts = _normal_inputs(model, example_inputs)
+    if parts := keeps_more(model):
+        names = ", ".join(f"`{name}`" if name else "the model itself" for name in parts)
+        warnings.warn(
+            f"{names}: extra state and hooks of state_dict are not taken over; the converted model's state_dict holds "
+            "parameters and buffers alone, so load and save those of the model itself where they matter",
+            stacklevel=3,
+        )
     target = copy.deepcopy(model) if copy_model else model
     modes = Modes(target)
     try:

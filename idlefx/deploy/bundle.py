@@ -30,7 +30,7 @@ from idlefx.reporting.cost_report import report
 from idlefx.reporting.images import Photo
 from idlefx.reporting.token_map import draw
 from idlefx.runtime.conversion import Conversion
-from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.runtime.module import IdleModule, conversion_of, converted
 from idlefx.utils.versions import VERSION, versions
 
 ARTIFACT, PLAN, WEIGHTS, REPORT, PICTURE, SCRIPT = (
@@ -68,6 +68,7 @@ def emit(
         InputError: The directory cannot be written or is not empty, the model cannot be made again, an option is wrong.
         ParityError: The artifact does not compute what the model does.
     """
+    idle = converted(idle)
     conversion = conversion_of(idle)
     with _whole_directory(Path(directory)) as partial:
         name = model or conversion.origin

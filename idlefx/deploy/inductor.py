@@ -10,7 +10,7 @@ from torch import fx
 
 from idlefx.deploy.parity import check_parity
 from idlefx.errors import ArtifactError, InputError, first_line
-from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.runtime.module import IdleModule, conversion_of, converted
 
 
 def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = True, **options: Any) -> Any:
@@ -31,7 +31,7 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
         InputError: The model was not converted; when the result is called, its inputs are not those it was traced for.
         ParityError: The compiled model does not compute what the eager one does.
     """
-    conversion_of(idle)
+    idle = converted(idle)
     compiled: Any = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
     # Before Dynamo sees them, whose own error would hide what is wrong with the inputs.
     compiled.register_forward_pre_hook(_check_inputs, with_kwargs=True)
@@ -41,7 +41,7 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
 
 
 def _check_inputs(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    conversion_of(compiled._orig_mod).calls.in_order(args, kwargs)
+    conversion_of(compiled).calls.in_order(args, kwargs)
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -16,7 +16,8 @@ from idlefx.deploy.parity import Inputs, example_of
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.graph.queries import output_of, placeholders, value
 from idlefx.graph.sizes import formula
-from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.graph.state import buffers_kept
+from idlefx.runtime.module import IdleModule, conversion_of, converted
 from idlefx.utils.devices import present
 
 BatchRange = tuple[int, int]
@@ -100,6 +101,7 @@ def make_program(
         InputError: The batch is no range, or inputs or outputs are not plain.
         ArtifactError: The model, traced elsewhere, does not run on that device or in that type.
     """
+    idle = converted(idle)
     conversion = conversion_of(idle)
     moved = _moved(idle, device, dtype)
     fewest, most = batch = _range(batch) if conversion.batch_free else _only(moved)
@@ -174,8 +176,9 @@ def _flat(idle: IdleModule, example: Inputs) -> tuple[fx.GraphModule, Structure,
 
 def _run(module: fx.GraphModule, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     try:
-        with torch.no_grad():
-            return module(*tensors)
+        with torch.no_grad(), buffers_kept(module):
+            results: tuple[torch.Tensor, ...] = module(*(tensor.clone() for tensor in tensors))
+            return tuple(result.clone() for result in results)
     except Exception as error:
         kind = str(tensors[0].dtype).removeprefix("torch.")
         raise ArtifactError(

@@ -1,7 +1,16 @@
 """The parameters and buffers of a module: the same names, and the same objects, as those of the model it came from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+
+_EXTRA = "_extra_state"  # how torch names what `get_extra_state` returns
+_EXTRA_METHODS = ("get_extra_state", "set_extra_state")
+_STATE_HOOKS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 def adopt(module: nn.Module, model: nn.Module) -> None:
@@ -9,7 +18,8 @@ def adopt(module: nn.Module, model: nn.Module) -> None:
     wanted = model.state_dict(keep_vars=True)
     present = {name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]}
     for name, tensor in wanted.items():
-        if name not in present and isinstance(tensor, torch.Tensor):
+        extra = name.rpartition(".")[2] == _EXTRA
+        if name not in present and isinstance(tensor, torch.Tensor) and not extra:
             owner, leaf = owner_of(module, name)
             if isinstance(tensor, nn.Parameter):
                 owner.register_parameter(leaf, tensor)
@@ -19,6 +29,34 @@ def adopt(module: nn.Module, model: nn.Module) -> None:
         if name not in wanted:  # a constant of the trace, or a buffer that the model does not save either
             owner, leaf = owner_of(module, name)
             owner._non_persistent_buffers_set.add(leaf)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Let the buffers of a module be what they were, whatever its forward writes meanwhile."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, content in before:
+                buffer.copy_(content)
+
+
+def keeps_more(module: nn.Module) -> list[str]:
+    """The names of the parts whose state is more than tensors: extra state, and hooks of the user's own."""
+    return [name for name, part in module.named_modules() if _has_extra_state(part) or _has_state_hooks(part)]
+
+
+def _has_extra_state(part: nn.Module) -> bool:
+    return any(getattr(type(part), name) is not getattr(nn.Module, name) for name in _EXTRA_METHODS)
+
+
+def _has_state_hooks(part: nn.Module) -> bool:
+    """Whether there are hooks, but for those with which torch reads its own older checkpoints."""
+    hooks = [hook for name in _STATE_HOOKS for hook in getattr(part, name, {}).values()]
+    origins = [getattr(getattr(hook, "hook", hook), "__module__", None) for hook in hooks]
+    return not all(str(origin).startswith("torch.") for origin in origins)
 
 
 def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -11,7 +11,7 @@ from idlefx.analysis.macs import count_macs
 from idlefx.graph.notes import made_for, only_made_for
 from idlefx.records import written
 from idlefx.reporting.latency import BlockTimes, read_times, times_for
-from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.runtime.module import IdleModule, conversion_of, converted
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def report(idle: IdleModule, times: str | Path | Sequence[BlockTimes] | None = N
         InputError: The table cannot be read, or is for blocks of another size.
     """
     tables = read_times(times) if isinstance(times, (str, Path)) else times
+    idle = converted(idle)
     conversion = conversion_of(idle)
     steps = {step.block: step for step in conversion.plan}
     graph = conversion.evaluation.graph

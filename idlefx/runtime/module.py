@@ -123,10 +123,22 @@ def conversion_of(model: object) -> Conversion:
     Raises:
         InputError: It was not converted.
     """
-    conversion = model.meta.get(KEY) if isinstance(model, IdleModule) else None
-    if not isinstance(conversion, Conversion):
-        raise InputError(f"model: a {type(model).__name__} was not converted; give what idlefx.convert returns")
+    conversion: Conversion = converted(model).meta[KEY]
     return conversion
+
+
+def converted(model: object) -> IdleModule:
+    """The converted model itself, also where `torch.compile` has wrapped it.
+
+    Raises:
+        InputError: It was not converted.
+    """
+    inner = model
+    while isinstance(inner, nn.Module) and (wrapped := inner._modules.get("_orig_mod")) is not None:
+        inner = wrapped
+    if not isinstance(inner, IdleModule) or not isinstance(inner.meta.get(KEY), Conversion):
+        raise InputError(f"model: a {type(model).__name__} was not converted; give what idlefx.convert returns")
+    return inner
 
 
 def _load(file: SavedModule) -> IdleModule:
@@ -172,6 +184,7 @@ def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.T
     Returns:
         By block index, the positions (B, P + K) of prefix and kept image tokens, ascending.
     """
+    idle = converted(idle)
     wanted = {s.block: only_made_for(idle.graph, s.block, "index") for s in conversion_of(idle).plan if s.idles}
     recorder = _Recorder(idle, set(wanted.values()))
     flat = tree_leaves(conversion_of(idle).calls.in_order(args, kwargs))

@@ -12,7 +12,7 @@ from idlefx.analysis.blocks import image_input
 from idlefx.errors import InputError
 from idlefx.graph.queries import by_name, image_data, output_of, placeholders, remove_dead, tensor_argument, value
 from idlefx.graph.sizes import shape_of
-from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.runtime.module import IdleModule, conversion_of, converted
 
 aten = torch.ops.aten
 
@@ -92,6 +92,7 @@ def token_parameters(idle: IdleModule) -> set[str]:
     These are class, distillation and register tokens and positions, however they are named; weights of layers that
     work on the image are not among them.
     """
+    idle = converted(idle)
     conversion = conversion_of(idle)
     graph = conversion.evaluation.graph
     data, found, seen = image_data(graph), set[str](), set[fx.Node]()
