@@ -47,7 +47,7 @@ class Block:
         token_dim: Which dimension of the stream the tokens stand in.
         batch_dim: Which dimension of the stream the batch stands in.
         prefix: Positions of the prefix tokens, which are always kept.
-        class_token: Position of the class token, if the head reads one.
+        class_token: Position of the class token, if there is one: read by the head, or the only prefix token.
         affine: Whether queries and keys are affine in the normalised input, so that scores are nearly free.
         refusal: Why the block cannot idle; empty if it can.
     """

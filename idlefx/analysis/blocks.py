@@ -221,7 +221,7 @@ def _cannot_be_cut(walk: Walk, block: Block) -> str:
 
 
 def _with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) -> Iterable[Block]:
-    """Add which prefix token the head reads, as far as the token sequence stays the same up to the head."""
+    """Add which prefix token is the class token; of several in a block the one that the head reads."""
     last = next((b for b in reversed(blocks) if b.tokens), None)
     if last is None:
         return blocks
@@ -237,4 +237,5 @@ def _with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) 
         )
         return [b if b.refusal or b.tokens != last.tokens else replace(b, refusal=reason) for b in blocks]
     token = class_token(last.prefix, reads)
-    return [replace(b, class_token=token if token in b.prefix else None) for b in blocks]
+    tokens = [class_token(b.prefix, []) if len(b.prefix) == 1 else token for b in blocks]
+    return [replace(b, class_token=t if t in b.prefix else None) for b, t in zip(blocks, tokens, strict=True)]

@@ -1,4 +1,4 @@
-"""Which tokens are prefix tokens, and which of them the head reads."""
+"""Which tokens are prefix tokens, and which of them is the class token."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -150,10 +150,13 @@ def _positions(runs: lay.Runs) -> set[int]:
 
 
 def class_token(prefix: tuple[int, ...], reads: list[set[int]]) -> int | None:
-    """The first prefix token that the head reads on its own; none where it reads image tokens only.
+    """The first prefix token that the head reads on its own; none of several where it reads image tokens only.
 
-    Where the head reads the whole sequence, nothing tells the prefix tokens apart: the first one it is.
+    Where the head reads the whole sequence, nothing tells the prefix tokens apart: the first one it is. A single prefix
+    token it is even unread: models for dense tasks keep the class token that they were trained with.
     """
+    if len(prefix) == 1:
+        return prefix[0]
     alone = [positions for positions in reads if positions and positions <= set(prefix)]
     if alone:
         return min(min(positions) for positions in alone)

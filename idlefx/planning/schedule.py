@@ -103,7 +103,7 @@ def _resolve(block: Block, selector: str) -> str:
         return "mean" if block.class_token is None else "class"
     if selector == "class" and block.class_token is None:
         raise PlanError(
-            f"plan: selector 'class' needs a class token, but the head reads none in block {block.index}; "
-            "use 'mean' or 'auto'"
+            f"plan: selector 'class' needs a class token, but block {block.index} has none: the head reads no "
+            "prefix token, nor is there a single one; use 'mean' or 'auto'"
         )
     return selector

@@ -1,7 +1,7 @@
 """Selector heads: pure scores of tokens, asking for their evidence by argument name.
 
 The built-in scores are `class` (the block's own class-token logits), `mean` (the same with the mean query of all
-image tokens), `norm` and `random`; `auto` is `class` where the head reads a class token and `mean` elsewhere.
+image tokens), `norm` and `random`; `auto` is `class` where there is a class token and `mean` elsewhere.
 """
 
 import inspect

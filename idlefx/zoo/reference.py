@@ -102,7 +102,7 @@ class Attention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is always kept in a block: the positions that no image flows into, and the class token if one is read."""
+    """What is always kept in a block: the positions that no image flows into, and the class token if there is one."""
 
     prefix: tuple[int, ...]
     class_token: int | None
@@ -161,6 +161,8 @@ def _read(leaf: Tensor, stream: Tensor) -> set[int]:
 
 
 def _tokens(prefix: tuple[int, ...], reads: list[set[int]]) -> Tokens:
+    if len(prefix) == 1:
+        return Tokens(prefix, prefix[0])  # read or not
     alone = [min(read) for read in reads if read and read <= set(prefix)]
     some = any(read & set(prefix) for read in reads)
     return Tokens(prefix, min(alone) if alone else prefix[0] if some else None)

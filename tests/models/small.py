@@ -24,7 +24,7 @@ TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed", "latent")
 
 
 class Spec(NamedTuple):
-    """A timm name and overrides, the number of leading prefix tokens, the class token the head reads."""
+    """A timm name and overrides, the number of leading prefix tokens, the position of the class token."""
 
     timm_name: str
     prefix: int
@@ -46,12 +46,12 @@ MODELS = {
     "qk_norm": Spec("vit_tiny_patch16_224", 1, 0, {"qk_norm": True}),
     "qk_norm_gap": Spec("vit_medium_patch16_gap_256", 0, None, {"qk_norm": True}),
     "parallel_things": Spec("vit_small_patch16_18x2_224", 1, 0),
-    "parallel_scaling": Spec("vit_pwee_patch16_reg1_gap_256", 1, None),
+    "parallel_scaling": Spec("vit_pwee_patch16_reg1_gap_256", 1, 0),
     "parallel_fused": Spec(
         "vit_tiny_patch16_224", 1, 0, {"block_fn": partial(ParallelScalingBlock, fuse_out_proj=True)}
     ),
     "clip": Spec("vit_base_patch32_clip_quickgelu_224", 1, 0),
-    "average_pool": Spec("vit_tiny_patch16_224", 1, None, {"global_pool": "avg"}),
+    "average_pool": Spec("vit_tiny_patch16_224", 1, 0, {"global_pool": "avg"}),
     "hand_written": Spec("vit_tiny_patch16_224", 1, 0, fused=False),
     "hand_written_gap": Spec("vit_medium_patch16_gap_256", 0, None, {"qk_norm": True}, fused=False),
     "collision": Spec("vit_medium_patch16_gap_256", 0, None, SQUARE),

@@ -121,7 +121,12 @@ class Config:
 
     @property
     def class_position(self) -> int | None:
-        """The class token: the one the head reads, or the first prefix token where it reads all tokens alike."""
+        """The class token: the one the head reads, or the first prefix token where it reads all tokens alike.
+
+        A single prefix token is the class token even if the head reads image tokens only.
+        """
+        if self.prefix == 1:
+            return self.prefix_positions[0]
         if self.head in ("mean", "image_pooling") or not self.prefix:
             return None
         if self.head in ("class", "class_and_mean") and self.place == "class_last":
