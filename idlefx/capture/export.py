@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from idlefx.capture.cleanup import tidy
 from idlefx.capture.inputs import guess_inputs, known_facts
 from idlefx.capture.modes import Modes, checkpoints_seen
+from idlefx.capture.stack_traces import every_line_of_the_model
 from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
 from idlefx.graph.state import keeps_more
 from idlefx.records import ModelFacts
+from idlefx.utils.source_lines import innermost
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -133,7 +136,7 @@ def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
         shapes = _free_batch(model, inputs) if batch_free else None
         try:
-            with quiet():
+            with quiet(), every_line_of_the_model():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
                 return tidy(program.module(check_guards=False), model), batch_free
         except Exception as error:  # torch.export raises many kinds; the first is the one to report
@@ -190,9 +193,10 @@ def _explain(model: nn.Module, inputs: Args, error: Exception) -> IdleFxError:
 
 
 def _own_line(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else "unknown line"
+    here = str(Path(__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
+    own = innermost([frame.filename for frame in frames])
+    return "unknown line" if own is None else f"{frames[own].filename}:{frames[own].lineno}"
 
 
 class _Recorder(TorchDispatchMode):

@@ -9,7 +9,7 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-from idlefx.graph.queries import LIBRARIES
+from idlefx.utils.source_lines import innermost
 
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
@@ -72,10 +72,9 @@ def checkpoints_seen() -> Iterator[list[str]]:
 
 def _own_line(frame: FrameType) -> str:
     """The innermost line of the user's own file, or of the library that calls torch."""
-    places, current = list[str](), frame.f_back
+    stack, current = list[tuple[str, int]](), frame.f_back
     while current is not None and not current.f_globals.get("__name__", "").startswith("idlefx."):
-        places.append(f"{current.f_code.co_filename}:{current.f_lineno}")
+        stack.insert(0, (current.f_code.co_filename, current.f_lineno))
         current = current.f_back
-    outside = [place for place in places if "/torch/" not in place]
-    own = [place for place in outside if not any(part in place for part in LIBRARIES)]
-    return (own or outside or ["unknown line"])[0]
+    own = innermost([file for file, _ in stack])
+    return "unknown line" if own is None else f"{stack[own][0]}:{stack[own][1]}"

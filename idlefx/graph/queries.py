@@ -12,10 +12,9 @@ import torch
 from torch import fx
 
 from idlefx.graph.memory import has_effect
+from idlefx.utils.source_lines import innermost
 
 SINK = "sink"
-
-LIBRARIES = ("/torch/", "/timm/", "/torchvision/", "/transformers/")
 
 
 def value(node: fx.Node) -> torch.Tensor | None:
@@ -153,9 +152,9 @@ def common_path(nodes: Iterable[fx.Node]) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The line of the user's own file that a node was traced from, as `file:line: code`.
+    """The innermost line of the user's own file that a node was traced from, as `file:line: code`.
 
-    Frames of well-known libraries are passed over where there is any other.
+    Frames of libraries are passed over where there is any other.
     """
     lines = (node.meta.get("stack_trace") or node.stack_trace or "").strip().splitlines()
     frames = []
@@ -164,6 +163,5 @@ def source_line(node: fx.Node) -> str:
             file, number = line.split('"')[1], line.split("line ")[1].split(",")[0].strip()
             code = lines[at + 1].strip() if at + 1 < len(lines) else ""
             frames.append((file, f"{file}:{number}: {code}"))
-    own = [text for file, text in frames if not any(part in file for part in LIBRARIES)]
-    outside_torch = [text for file, text in frames if "/torch/" not in file]
-    return next((group[-1] for group in (own, outside_torch) if group), "unknown line")
+    own = innermost([file for file, _ in frames])
+    return "unknown line" if own is None else frames[own][1]
