@@ -19,7 +19,7 @@ from idlefx.analysis.macs import count_macs
 from idlefx.analysis.prefix_tokens import class_token, prefix_positions, read_by_head
 from idlefx.analysis.projections import projection
 from idlefx.analysis.propagation import follow
-from idlefx.analysis.refusal import RefusedOperation
+from idlefx.analysis.refusal import RefusedOperation, refuse
 from idlefx.analysis.subset import Subset
 from idlefx.analysis.trunks import Trunk, find_trunks
 from idlefx.analysis.walk import Walk
@@ -35,7 +35,7 @@ from idlefx.graph.queries import (
     source_line,
     value,
 )
-from idlefx.graph.sizes import number, shape_of
+from idlefx.graph.sizes import follows_batch, shape_of
 from idlefx.options import plain_prefix
 from idlefx.records import Block, BlockTable
 
@@ -68,6 +68,12 @@ def find_blocks(module: fx.GraphModule, prefix: int | Sequence[int] | None = Non
         raise BlockError(
             "blocks: the model has no attention that idlefx recognises; it converts Vision Transformers, "
             "whose attention is scaled_dot_product_attention or softmax(q @ k) @ v"
+        )
+    if all(_attends_over_batch(core) for core in cores):
+        raise BlockError(
+            "blocks: all attention of the model is over a sequence whose length follows dimension 0 of the input, so "
+            "the tokens of all images are packed into one; idlefx takes dimension 0 for the batch, so give the model "
+            f"one for images, as in (B, C, H, W) (at {source_line(cores[0].out)})"
         )
     trunks = find_trunks(flow, source, cores)
     if not trunks:
@@ -179,6 +185,10 @@ def _named_positions(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...
     return positions
 
 
+def _attends_over_batch(core: Core) -> bool:
+    return follows_batch(core.query.meta["val"].shape[-2])
+
+
 def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
     """Which dimension holds the tokens: the one that every core attends over and that comes out where it went in."""
     shape = trunk.entry.meta["val"].shape
@@ -191,7 +201,10 @@ def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
         raise RefusedOperation(
             f"`{leaking[0].name}` inside the block is read outside of it (at {source_line(leaking[0])})"
         )
-    symbolic = [d for d, s in enumerate(shape) if number(s, 2) != number(s, 3)]
+    for core in trunk.cores:
+        if _attends_over_batch(core):
+            refuse(core.out, "attends over the batch")
+    symbolic = [d for d, size in enumerate(shape) if follows_batch(size)]
     refusals = []
     for batch_dim in symbolic or [0, 1]:
         for token_dim in [d for d in range(2) if d != batch_dim] + [2]:

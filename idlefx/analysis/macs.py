@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from idlefx.errors import BlockError
+from idlefx.graph.queries import source_line
 from idlefx.graph.sizes import ONE_IMAGE, shape_of
 from idlefx.runtime import ops
 
@@ -39,7 +41,13 @@ def _convolution(node: fx.Node) -> int:
 
 
 def _shape(node: Any) -> list[int]:
-    return shape_of(node, ONE_IMAGE)
+    try:
+        return shape_of(node, ONE_IMAGE)
+    except ZeroDivisionError as error:
+        raise BlockError(
+            f"blocks: `{node}` has no size for a batch of one (at {source_line(node)}); dimension 0 of the input must "
+            "count images"
+        ) from error
 
 
 def _size(node: fx.Node) -> int:

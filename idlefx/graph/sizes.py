@@ -21,6 +21,11 @@ def number(size: Any, batch: int = FREE_BATCH) -> int:
     return int(size)
 
 
+def follows_batch(size: Any) -> bool:
+    """Whether a size changes with the batch."""
+    return isinstance(size, torch.SymInt) and bool(sympy.sympify(size.node.expr).free_symbols)
+
+
 def formula(size: Any, batch: int | str) -> int | str:
     """A size as a number, or as a formula of the free batch where that is given a name, such as "4*batch"."""
     if not isinstance(size, torch.SymInt):
