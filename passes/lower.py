@@ -5,7 +5,8 @@
 3. An operation that overwrites memory which nobody else looks at later becomes the one that makes a new tensor. What
    writes into an input, a parameter or a buffer stays, through however many names it does so.
 4. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
-5. What does not fit these rules stays, for `propagation` to accept or to refuse.
+5. Zeros or ones that are made like a tensor of the image are made like a parameter: they hold nothing of the image.
+6. What does not fit these rules stays, for `propagation` to accept or to refuse.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from idlefx.graph.build import add_call
 from idlefx.graph.memory import Memory
 from idlefx.graph.queries import image_data, remove_dead, tensor_argument
 from idlefx.records import Plan
+from idlefx.rewriting.constants import free_constants
 from idlefx.rewriting.einsum import add_product
 
 aten = torch.ops.aten
@@ -28,6 +30,7 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite what has a simpler spelling; the plan does not matter."""
     del plan
     graph = module.graph
+    free_constants(graph)
     data = image_data(graph)
     for node in list(graph.nodes):
         with graph.inserting_before(node):
