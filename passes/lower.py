@@ -1,6 +1,6 @@
 """Write operations that say several things at once as operations that say one.
 
-1. `einsum` of two operands becomes a matrix product between permutations.
+1. `einsum` becomes matrix products between permutations.
 2. A product with an outside matrix becomes a linear layer; `baddbmm` becomes a batched product and a sum.
 3. An operation that overwrites memory which nobody else looks at later becomes the one that makes a new tensor. What
    writes into an input, a parameter or a buffer stays, through however many names it does so.
@@ -19,7 +19,7 @@ from idlefx.graph.memory import Memory
 from idlefx.graph.queries import image_data, remove_dead, tensor_argument
 from idlefx.records import Plan
 from idlefx.rewriting.constants import free_constants
-from idlefx.rewriting.einsum import add_product
+from idlefx.rewriting.einsum import add_products
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     for node in list(graph.nodes):
         with graph.inserting_before(node):
             if node.target is aten.einsum.default:
-                _replace(node, add_product(graph, node))
+                _replace(node, add_products(graph, node))
             elif node.target is aten.baddbmm.default:
                 _replace(node, _product_and_sum(graph, node))
             elif node.target in (aten.matmul.default, aten.mm.default, aten.addmm.default):

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from idlefx.errors import BlockError
+from idlefx.graph.equations import read_equation
 from idlefx.graph.queries import source_line
 from idlefx.graph.sizes import ONE_IMAGE, shape_of
 from idlefx.runtime import ops
@@ -40,6 +41,22 @@ def _convolution(node: fx.Node) -> int:
     return _size(node) * math.prod(_shape(node.args[1])[1:])
 
 
+def _einsum(node: fx.Node) -> int:
+    """Operands are contracted from the left, each step over all letters of two."""
+    operands: Any = node.args[1]
+    equation = read_equation(str(node.args[0]), [len(_shape(operand)) for operand in operands])
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(equation.operands, operands, strict=True):
+        for letter, size in zip(letters, _shape(operand), strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    total, done = 0, set(equation.operands[0])
+    for at, letters in enumerate(equation.operands[1:], 2):
+        done |= set(letters)
+        total += math.prod(sizes[letter] for letter in done)
+        done &= set("".join(equation.operands[at:]) + equation.output)
+    return total
+
+
 def _shape(node: Any) -> list[int]:
     try:
         return shape_of(node, ONE_IMAGE)
@@ -67,6 +84,7 @@ FORMULAS: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv2d.default: _convolution,
     aten.conv2d.padding: _convolution,
     aten.conv3d.default: _convolution,
+    aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
     ops.norm_linear: _query,
     ops.score_tokens: _product,

@@ -1,13 +1,16 @@
-"""Write an `einsum` of two operands as a matrix product between permutations, where it is one.
+"""Write an `einsum` as matrix products between permutations.
 
-By their place in the equation its letters fall into four kinds. In `"bhid,bhjd->bhij"`, q @ kᵀ of every head, they are:
+Operands are taken two at a time, from the left. First each is rid of what concerns it alone: of a letter that stands
+in it twice it keeps the diagonal, and letters that nothing else has are summed. Then by its place in the equation a
+letter is of one of four kinds. In `"bhid,bhjd->bhij"`, q @ kᵀ of every head, they are:
 
-1. stacked, `b` and `h`: in both operands and in the output, one product for each;
-2. summed, `d`: in both operands and not in the output;
-3. rows, `i`: in the first operand and in the output;
-4. columns, `j`: in the second operand and in the output.
+1. stacked, `b` and `h`: in both operands and kept, one product for each;
+2. summed, `d`: in both operands and not kept;
+3. rows, `i`: in the first operand alone;
+4. columns, `j`: in the second operand alone.
 
-So the operands become `bhid` and `bhdj`, and their matrix product `bhij`.
+So the operands become `bhid` and `bhdj`, and their matrix product `bhij`. Where nothing is summed it is a product of
+numbers, entry by entry.
 """
 
 from dataclasses import dataclass
@@ -16,20 +19,35 @@ import torch
 from torch import fx
 
 from idlefx.graph.build import add_call
+from idlefx.graph.equations import read_equation
 from idlefx.graph.queries import argument
-from idlefx.graph.sizes import FREE_BATCH, shape_of
+from idlefx.graph.sizes import follows_batch, shape_of
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class ProductEquation:
-    """The equation of an `einsum` of two operands, a letter for each dimension.
+class Term:
+    """A tensor and the letters of its dimensions."""
+
+    node: fx.Node
+    letters: str
+
+    def sizes(self, wanted: str) -> list[int]:
+        """Sizes of some dimensions as `unflatten` takes them: -1 for one that changes with the batch."""
+        shape = self.node.meta["val"].shape
+        sizes = [shape[self.letters.index(c)] for c in wanted]
+        return [-1 if follows_batch(size) else int(size) for size in sizes]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The letters of two operands and of what is kept of both.
 
     Attributes:
         first: Letters of the first operand.
         second: Letters of the second operand.
-        output: Letters of the output.
+        output: Letters that are kept.
     """
 
     first: str
@@ -56,97 +74,112 @@ class ProductEquation:
         """Letters of the second operand alone."""
         return "".join(c for c in self.second if c not in self.first)
 
-    @property
-    def is_matrix_product(self) -> bool:
-        """Whether it says no more than a matrix product: no diagonal, no sum over one operand, no outer product.
 
-        Several rows or columns stand for one matrix only where nothing is stacked.
-        """
-        repeats = any(len(set(operand)) < len(operand) for operand in (self.first, self.second))
-        all_kept = set(self.rows + self.columns) <= set(self.output)
-        all_kinds = bool(self.summed and self.rows and self.columns)
-        flat = not self.stacked or len(self.rows) == len(self.columns) == 1
-        return not repeats and all_kept and all_kinds and flat
-
-
-def parse_equation(equation: str, ranks: list[int]) -> ProductEquation | None:
-    """Read an equation of two operands.
-
-    Args:
-        equation: Such as `"bhid,bhjd->bhij"`, also with `...`, or without `->`.
-        ranks: How many dimensions each operand has.
-
-    Returns:
-        The equation with capitals in the place of dots, and with the output written down; None where there are not
-        two operands, or the dots leave open what they stand for.
-    """
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    operands = inputs.split(",")
-    if len(operands) != 2 or ("..." in inputs and not arrow):
-        return None
-    dotted = {
-        rank - len(operand.replace("...", ""))
-        for operand, rank in zip(operands, ranks, strict=True)
-        if "..." in operand
-    }
-    if len(dotted) > 1:
-        return None
-    unused = "".join(c for c in "ABCDEFGH" if c not in equation)
-    capitals = unused[: max(dotted, default=0)]
-    first, second, output = (letters.replace("...", capitals) for letters in (*operands, output))
-    if not arrow:
-        output = "".join(sorted(c for c in first + second if (first + second).count(c) == 1))
-    return ProductEquation(first, second, output)
-
-
-def add_product(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """Insert the matrix product that an `einsum` node stands for, or nothing where it is none.
+def add_products(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Insert the matrix products that an `einsum` node stands for.
 
     Args:
         graph: Its graph, which is inserted into at its insertion point.
         node: A call of `aten.einsum`.
 
     Returns:
-        What can stand for the node.
+        What can stand for the node; None where several sizes that change with the batch would have to be merged.
     """
     operands = argument(node, 1)
-    equation = parse_equation(argument(node, 0), [len(shape_of(operand)) for operand in operands])
-    if equation is None or not equation.is_matrix_product:
-        return None
-    first, second = operands
-    widths = _sizes(second, equation.second, equation.columns)
-    if len(widths) > 1 and FREE_BATCH in widths:
-        # Columns are merged and split again, for which the batch would have to be a number; rows stay as they are.
-        first, second = second, first
-        equation = ProductEquation(equation.second, equation.first, equation.output)
-        widths = _sizes(second, equation.second, equation.columns)
-    stacked, summed, rows, columns = equation.stacked, equation.summed, equation.rows, equation.columns
-    left = _ordered(graph, first, equation.first, stacked + rows + summed, node)
-    left = _merged(graph, left, len(stacked + rows), len(summed), node)
-    right = _ordered(graph, second, equation.second, stacked + summed + columns, node)
-    right = _merged(graph, right, len(stacked), len(summed), node)
-    right = _merged(graph, right, len(stacked) + 1, len(columns), node)
-    product = add_call(graph, aten.matmul.default, left, right, name="einsum_product", like=node)
-    if len(columns) > 1:
-        product = add_call(graph, aten.unflatten.int, product, len(rows), widths, name="einsum_split", like=node)
-    return _ordered(graph, product, stacked + rows + columns, equation.output, node)
+    equation = read_equation(argument(node, 0), [len(shape_of(operand)) for operand in operands])
+    builder = _Builder(graph, node)
+    terms = [Term(operand, letters) for operand, letters in zip(operands, equation.operands, strict=True)]
+    terms = [builder.without_broadcast(term, terms) for term in terms]
+    while len(terms) > 1:
+        first, second, *rest = terms
+        later = "".join(term.letters for term in rest) + equation.output
+        first = builder.alone(first, second.letters + later)
+        second = builder.alone(second, first.letters + later)
+        kept = equation.output if not rest else "".join(c for c in later if c in first.letters + second.letters)
+        product = builder.product(first, second, "".join(dict.fromkeys(kept)))
+        if product is None:
+            return None
+        terms = [product, *rest]
+    return builder.ordered(builder.alone(terms[0], equation.output), equation.output).node
 
 
-def _sizes(operand: fx.Node, letters: str, wanted: str) -> list[int]:
-    """Sizes of the wanted ones of an operand's dimensions, which have these letters."""
-    return [shape_of(operand)[letters.index(c)] for c in wanted]
+class _Builder:
+    """Inserts the operations that one `einsum` becomes."""
 
+    def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
+        self.graph, self.like = graph, like
 
-def _ordered(graph: fx.Graph, operand: fx.Node, letters: str, wanted: str, like: fx.Node) -> fx.Node:
-    """The operand with its dimensions, which have these letters, in the wanted order."""
-    if letters == wanted:
-        return operand
-    order = [letters.index(c) for c in wanted]
-    return add_call(graph, aten.permute.default, operand, order, name="einsum_order", like=like)
+    def add(self, target: fx.node.Target, *args: object, name: str) -> fx.Node:
+        return add_call(self.graph, target, *args, name=f"einsum_{name}", like=self.like)
 
+    def without_broadcast(self, term: Term, terms: list[Term]) -> Term:
+        """Drop dimensions of size one where another operand has more under the same letter."""
+        wide = {c for t in terms for c, size in zip(t.letters, shape_of(t.node), strict=True) if size != 1}
+        for c in [c for c, size in zip(term.letters, shape_of(term.node), strict=True) if size == 1 and c in wide]:
+            squeezed = self.add(aten.squeeze.dim, term.node, term.letters.index(c), name="squeeze")
+            term = Term(squeezed, term.letters.replace(c, "", 1))
+        return term
 
-def _merged(graph: fx.Graph, operand: fx.Node, first: int, count: int, like: fx.Node) -> fx.Node:
-    """The operand with `count` dimensions from `first` on as one."""
-    if count == 1:
-        return operand
-    return add_call(graph, aten.flatten.using_ints, operand, first, first + count - 1, name="einsum_merge", like=like)
+    def alone(self, term: Term, others: str) -> Term:
+        """Do what concerns one operand only: diagonals, and sums over letters that nothing else has."""
+        while repeated := next((c for c in term.letters if term.letters.count(c) > 1), ""):
+            one, other = term.letters.index(repeated), term.letters.rindex(repeated)
+            diagonal = self.add(aten.diagonal.default, term.node, 0, one, other, name="diagonal")
+            rest = "".join(c for at, c in enumerate(term.letters) if at not in (one, other))
+            term = Term(diagonal, rest + repeated)
+        unique = [at for at, c in enumerate(term.letters) if c not in others]
+        if unique:
+            total = self.add(aten.sum.dim_IntList, term.node, unique, name="sum")
+            term = Term(total, "".join(c for c in term.letters if c in others))
+        return term
+
+    def product(self, first: Term, second: Term, output: str) -> Term | None:
+        """The product of two operands with what is kept in that order."""
+        pair = Pair(first.letters, second.letters, output)
+        if not pair.summed:
+            a, b = self.broadcast(first, output), self.broadcast(second, output)
+            return Term(self.add(aten.mul.Tensor, a, b, name="product"), output)
+        if not pair.stacked and len(pair.columns) > 1 and -1 in second.sizes(pair.columns):
+            first, second = second, first  # rows stay as they are; columns are merged
+            pair = Pair(first.letters, second.letters, output)
+        stacked, summed, rows, columns = pair.stacked, pair.summed, pair.rows, pair.columns
+        heights, widths = first.sizes(rows), second.sizes(columns)
+        merges_rows = len(rows) != 1 and bool(stacked or not rows)
+        if (merges_rows and heights.count(-1) > 1) or widths.count(-1) > 1:
+            return None
+        left = self.merged(self.ordered(first, stacked + rows + summed).node, len(stacked + rows), len(summed))
+        left = self.merged(left, len(stacked), len(rows)) if merges_rows else left
+        right = self.merged(self.ordered(second, stacked + summed + columns).node, len(stacked), len(summed))
+        right = self.merged(right, len(stacked) + 1, len(columns))
+        result = self.add(aten.matmul.default, left, right, name="product")
+        result = self.split(result, len(stacked) + (1 if merges_rows else len(rows)), widths)
+        result = self.split(result, len(stacked), heights) if merges_rows else result
+        return self.ordered(Term(result, stacked + rows + columns), output)
+
+    def broadcast(self, term: Term, letters: str) -> fx.Node:
+        """The operand with a dimension for each of the letters, of size one where it has none."""
+        node = self.ordered(term, "".join(c for c in letters if c in term.letters)).node
+        for at in [at for at, c in enumerate(letters) if c not in term.letters]:
+            node = self.add(aten.unsqueeze.default, node, at, name="unsqueeze")
+        return node
+
+    def ordered(self, term: Term, wanted: str) -> Term:
+        """The operand with its dimensions in the wanted order."""
+        if term.letters == wanted:
+            return term
+        order = [term.letters.index(c) for c in wanted]
+        return Term(self.add(aten.permute.default, term.node, order, name="order"), wanted)
+
+    def merged(self, node: fx.Node, first: int, count: int) -> fx.Node:
+        """The node with `count` dimensions from `first` on as one; a new one of size one for none."""
+        if count == 0:
+            return self.add(aten.unsqueeze.default, node, first, name="unsqueeze")
+        if count == 1:
+            return node
+        return self.add(aten.flatten.using_ints, node, first, first + count - 1, name="merge")
+
+    def split(self, node: fx.Node, dim: int, sizes: list[int]) -> fx.Node:
+        """Undo `merged`."""
+        if not sizes:
+            return self.add(aten.squeeze.dim, node, dim, name="squeeze")
+        return node if len(sizes) == 1 else self.add(aten.unflatten.int, node, dim, sizes, name="split")

@@ -143,7 +143,7 @@ UNFUSED = (
     "vit_base_patch16_xp_224 beit_base_patch16_224 eva02_tiny_patch14_224 vit_small_patch16_rope_mixed_224 "
     "vit_relpos_small_patch16_224 vit_relpos_base_patch16_cls_224"
 )
-NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, name, options, blocks, why not all
+NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, name, options, blocks, what is refused
     ("vision_transformer_sam", "samvit_base_patch16_224", SAM, 4, "has 4 dimensions"),
     ("vision_transformer_sam", "samvit_base_patch16", {**SAM, "num_classes": 0}, 4, "has 4 dimensions"),
     ("swin_transformer", "swin_tiny_patch4_window7_224", SWIN, 3, "has 4 dimensions"),
@@ -152,6 +152,7 @@ NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, na
     ("xcit", "xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, None, "over the token axis"),
     ("hiera", "hiera_tiny_224", {"img_size": 64}, 9, "windows"),
     ("convit", "convit_tiny", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}, 3, "over the token axis"),
+    ("levit", "levit_128s", {"img_size": 128}, 9, ""),
     ("mlp_mixer", "mixer_s32_224", {"img_size": 64}, 0, "no attention"),
     ("resnet", "resnet10t", {}, 0, "no attention"),
 )

@@ -59,10 +59,25 @@ def softmax(walk: Walk, node: fx.Node) -> Layout:
 # Several tensors, broadcast.
 
 
-@rule(torch.Tag.pointwise)
+@rule(
+    torch.Tag.pointwise, aten.hardswish.default, aten.log_sigmoid.default, aten.absolute.default, aten.negative.default,
+    aten.multiply.Tensor, aten.divide.Tensor, aten.subtract.Tensor, aten.rsub.Tensor, aten.special_expit.default,
+    aten.masked_fill.Tensor, aten.where.ScalarOther, aten.where.ScalarSelf,
+)  # fmt: skip
 def pointwise(walk: Walk, node: fx.Node) -> Layout:
-    """Any operation that torch tags as pointwise."""
+    """Any operation that torch tags as pointwise, or forgot to."""
     return broadcast(walk, node, node.all_input_nodes, len(sizes_of(node)))
+
+
+@rule(aten.prelu.default)
+def prelu(walk: Walk, node: fx.Node) -> Layout:
+    """One slope for all numbers, or one for each entry of dimension 1, which then holds features."""
+    layout, slopes = walk[node.args[0]], tensor_argument(node, 1)
+    if slopes in walk:
+        refuse(node, "takes its weights from the image")
+    if sizes_of(slopes) not in ([], [1]):
+        need_features(node, layout, [1], "scales")
+    return layout
 
 
 # Products and statistics.

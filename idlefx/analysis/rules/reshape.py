@@ -42,6 +42,16 @@ def flatten(walk: Walk, node: fx.Node) -> Layout:
     return layout if layout is not None else refuse(node, "breaks up the token axis")
 
 
+@rule(aten.reshape_as.default, aten.view_as.default)
+def reshape_as(walk: Walk, node: fx.Node) -> Layout:
+    """Split and merge dimensions as they are in another tensor, which shrinks with the tokens too."""
+    layout, other = lay.regroup(walk[node.args[0]], sizes_of(node)), node.args[1]
+    follows = other in walk and walk[other] == layout
+    if layout is None or not (follows or not any(lay.has(dim, "tokens") for dim in layout)):
+        refuse(node, "breaks up the token axis")
+    return layout
+
+
 @rule(aten.expand_as.default)
 def expand_as(walk: Walk, node: fx.Node) -> Layout:
     """Repeat dimensions of size one until the shape is that of another tensor."""
