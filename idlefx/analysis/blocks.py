@@ -216,7 +216,10 @@ def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
                 continue
             if walk[trunk.exit] == layout:
                 return token_dim, batch_dim, walk
-    raise refusals[0] if refusals else RefusedOperation("the tokens leave the block in another order")
+            refusals.append(RefusedOperation("the tokens leave the block in another order", trunk.exit))
+    # A dimension that does not hold the tokens is refused early: of the one that went furthest is said what matters.
+    order = {node: place for place, node in enumerate(nodes)}
+    raise max(refusals, key=lambda refusal: -1 if refusal.node is None else order.get(refusal.node, -1))
 
 
 def _cannot_be_cut(walk: Walk, block: Block) -> str:

@@ -11,7 +11,14 @@ class RefusedOperation(Exception):
     """The token axis cannot be followed through an operation, or not for some of the tokens only.
 
     Whoever follows tokens catches it: `find_blocks` writes it into the table as the reason why a block cannot idle.
+
+    Attributes:
+        node: The operation, where one is refused.
     """
+
+    def __init__(self, message: str, node: fx.Node | None = None) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 def refuse(node: fx.Node, reason: str) -> NoReturn:
@@ -20,4 +27,4 @@ def refuse(node: fx.Node, reason: str) -> NoReturn:
     Raises:
         RefusedOperation: Always.
     """
-    raise RefusedOperation(f"{node.target} {reason} (at {source_line(node)})")
+    raise RefusedOperation(f"{node.target} {reason} (at {source_line(node)})", node)
