@@ -153,19 +153,27 @@ def find_cores(graph: fx.Graph) -> list[Core]:
 def _spelled_out(softmax: fx.Node, data: set[fx.Node]) -> Core | None:
     """An attention whose map is worked on between its products, such as by mixing the heads."""
 
-    def nearest(step: Callable[[fx.Node], Iterable[fx.Node]]) -> tuple[set[fx.Node], set[fx.Node]]:
+    def nearest(
+        step: Callable[[fx.Node], Iterable[fx.Node]], passes: Callable[[fx.Node], bool] = lambda _: True
+    ) -> tuple[set[fx.Node], set[fx.Node]]:
         """The products of image data that a walk from the softmax meets first, and what it passes."""
         met, seen, stack = set(), set(), list(step(softmax))
         while stack:
             node = stack.pop()
             if node.target in _PRODUCTS and all(operand in data for operand in node.args[:2]):
                 met.add(node)
-            elif node in data and node not in seen:
+            elif node in data and node not in seen and passes(node):
                 seen.add(node)
                 stack += step(node)
         return met, seen
 
-    before, between = nearest(lambda n: n.all_input_nodes)
+    def is_map(node: fx.Node) -> bool:
+        """Whether a node has an entry for each entry of the map; what a bias is computed of has fewer."""
+        return value(node) is not None and math.prod(shape_of(node)) == math.prod(shape_of(softmax))
+
+    before, between = nearest(lambda n: n.all_input_nodes, is_map)
+    if not before:  # heads are mixed to another number of heads
+        before, between = nearest(lambda n: n.all_input_nodes)
     after, _ = nearest(lambda n: n.users)
     if len(before) != 1 or len(after) != 1:
         return None

@@ -259,8 +259,8 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("DPT backbone", "DPTModel", {"backbone_out_indices": [0, 1, 2, 2]}, {}),
     ("DPT depth", "DPTForDepthEstimation", {**DENSE, "fusion_hidden_size": 16}, {"blocks": 4}),
     ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, {}),
-    ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager", "blocks": None, "refused": "has 4 dimensions"}),
-    ("SAM vision", "SamVisionModel", FACE_SAM, {"blocks": None, "refused": "has 4 dimensions"}),
+    ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager", "refused": "has 4 dimensions"}),
+    ("SAM vision", "SamVisionModel", FACE_SAM, {"refused": "has 4 dimensions"}),
     ("Swin", "SwinModel", {**FACE_SWIN, "window_size": 4}, {"blocks": 2, "refused": "windows"}),
 )
 
