@@ -1,7 +1,7 @@
 """Make an exported program a plain graph module that holds the model's own state.
 
 1. Guards and assertions of the trace are left out.
-2. A part that ran under `torch.no_grad` is written into the graph, its results detached.
+2. A part that ran under `torch.no_grad` is written into the graph; see `regions`.
 3. A mask that no input decides and that masks nothing is left out, also where it is added to a bias: Hugging Face
    models build one only while being traced, and fast attention takes none.
 4. Parameters and buffers are the model's objects under the model's names, the unused ones too.
@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
+from idlefx.capture.regions import write_out
 from idlefx.graph.memory import Memory
 from idlefx.graph.queries import argument, carries_tensors, remove_dead, run_target
 from idlefx.graph.sizes import SMALL_BATCH, number
@@ -27,38 +28,12 @@ def tidy(exported: nn.Module, model: nn.Module) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default or node.target == "_guards_fn":
             graph.erase_node(node)
-        elif node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
-            _inline(exported, node)
+    write_out(exported, graph)
     _drop_masks(graph)
     remove_dead(graph)
     module = fx.GraphModule(exported, graph, type(model).__name__)
     adopt(module, model)
     return module
-
-
-def _inline(owner: nn.Module, node: fx.Node) -> None:
-    enabled, part, *inputs = list[Any](node.args)
-    inner: Any = owner.get_submodule(part.target).graph
-    holders = [n for n in inner.nodes if n.op == "placeholder"]
-    mapping = dict(zip(holders, inputs, strict=True))
-    with node.graph.inserting_before(node):
-        results: Any = node.graph.graph_copy(inner, mapping)
-        results = list(results) if isinstance(results, (list, tuple)) else [results]
-        if not enabled:
-            results = [_detached(node.graph, r) for r in results]
-    for user in list(node.users):
-        user.replace_all_uses_with(results[argument(user, 1)])
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
-
-
-def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return node
-    found = graph.call_function(aten.detach.default, (node,))
-    found.meta = dict(node.meta)
-    return found
 
 
 def _drop_masks(graph: fx.Graph) -> None:

@@ -12,13 +12,11 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from torch.utils._pytree import tree_map_only
 
 from idlefx.capture.cleanup import tidy
 from idlefx.errors import CaptureError
 from idlefx.graph.queries import placeholders, source_line
 
-_SET_GRAD: Any = torch._C._set_grad_enabled
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
@@ -128,33 +126,8 @@ def _path(name: str) -> str:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs a Dynamo graph and keeps its switches out of the trace, where passes would lose them.
-
-    1. What was computed without gradients is detached where it is read with gradients.
-    2. Autocast is not switched; see `autocast_line`.
-    """
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.without_gradients: list[fx.Node] | None = None
+    """Runs a Dynamo graph and keeps its switches of autocast out of the trace; see `autocast_line`."""
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node of the graph."""
-        if n.target is _SET_GRAD:
-            self._set_gradients(bool(n.args[0]))
-            return None
-        if n.target in (_ENTER, _EXIT):
-            return None
-        if self.without_gradients is not None:
-            self.without_gradients.append(n)
-        return super().run_node(n)
-
-    def _set_gradients(self, on: bool) -> None:
-        for node in self.without_gradients or []:
-            if node in self.env:  # it is still to be read
-                self.env[node] = tree_map_only(torch.Tensor, _detached, self.env[node])
-        self.without_gradients = None if on else []
-
-
-def _detached(value: torch.Tensor) -> torch.Tensor:
-    return value.detach() if value.requires_grad else value
+        return None if n.target in (_ENTER, _EXIT) else super().run_node(n)

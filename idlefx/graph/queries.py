@@ -63,6 +63,12 @@ def carries_tensors(node: fx.Node) -> bool:
     return many or isinstance(val, torch.Tensor)
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a call gives another view of its input's memory."""
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and not schema.is_mutable and any(a.alias_info for a in schema.arguments)
+
+
 def image_data(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose tensors are computed from an input, and not from parameters alone."""
     data: set[fx.Node] = set()
