@@ -79,6 +79,12 @@ def convert(
     """
     options = PlanOptions(layers, keep, schedule, selector, reselect, multiple_of, prefix)
     captured = capture(model, example_inputs, copy_model=copy)
+    if captured.custom_gradient and not captured.training:
+        warnings.warn(
+            f"{captured.custom_gradient} has gradients of its own, which a converted model does not have: "
+            "it is for inference only",
+            stacklevel=2,
+        )
     evaluation = _carry_out(options, captured.eval_graph)
     training = _for_training(captured, evaluation, options)
     conversion = Conversion(
@@ -91,7 +97,10 @@ def convert(
         example_inputs is None,
         checks_of(captured.model.forward, captured.eval_graph.graph),
         answers_of(captured.model),
+        captured.custom_gradient,
     )
+    if captured.training:
+        conversion.check_gradients()
     return IdleModule(conversion, captured.eval_graph, captured.train_graph).train(captured.training)
 
 
@@ -108,11 +117,15 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
         A module like `idle`, whose forward returns `(output, cut_loss)`; the loss is a scalar, averaged over the
         idling blocks. What trains it trains `idle`.
 
+    Raises:
+        InputError: The model's gradients are not those of the original.
+
     Source:
         IdleViT, arXiv:2310.05654; `idlefx.runtime.cut_loss.token_cut` states the formula.
     """
     idle = converted(idle)
     conversion = conversion_of(idle)
+    conversion.check_gradients()
     evaluation = _with_cut_loss(idle, conversion.evaluation)
     training = evaluation
     if conversion.training is not conversion.evaluation:

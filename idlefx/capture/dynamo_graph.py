@@ -19,6 +19,8 @@ from idlefx.graph.queries import placeholders, source_line
 
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
+_OWN_GRADIENTS = ("autograd_function", "register_hook")  # in what Dynamo calls them, which differs by version
+
 
 def lower(given: fx.GraphModule) -> fx.GraphModule:
     """The ATen graph of a Dynamo graph, in which the model's own tensors are attributes, not inputs.
@@ -103,6 +105,12 @@ def autocast_line(given: fx.GraphModule) -> str:
                 node = node.next
             return source_line(node)
     return ""
+
+
+def gradient_line(given: fx.GraphModule) -> str:
+    """The user's line of an autograd function or a hook, whose gradients `lower` would lose; empty if there is none."""
+    calls = (node for node in given.graph.nodes if node.op.startswith("call"))
+    return next((source_line(n) for n in calls if any(own in str(n.target) for own in _OWN_GRADIENTS)), "")
 
 
 def is_state(holder: fx.Node) -> bool:

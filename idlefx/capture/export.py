@@ -4,31 +4,25 @@ import contextlib
 import copy
 import inspect as pyinspect
 import logging
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.func import functional_call
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idlefx.capture.cleanup import tidy
 from idlefx.capture.inputs import guess_inputs, known_facts
-from idlefx.capture.modes import Modes, checkpoints_seen
+from idlefx.capture.modes import Modes
+from idlefx.capture.observation import Args, explain, observe
 from idlefx.capture.stack_traces import every_line_of_the_model
 from idlefx.capture.wrappers import unwrapped
-from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
+from idlefx.errors import InputError
 from idlefx.graph.state import keeps_more
 from idlefx.records import ModelFacts
-from idlefx.utils.source_lines import innermost
-
-Args = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,7 @@ class Captured:
         training: The mode the model was in.
         facts: What is known of its images and classes; the image size is that of the example.
         batch_free: Whether the batch size is free.
+        custom_gradient: What has gradients of its own, which the graphs do not have; empty if nothing has.
     """
 
     model: nn.Module
@@ -50,6 +45,7 @@ class Captured:
     training: bool
     facts: ModelFacts
     batch_free: bool
+    custom_gradient: str = ""
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = True) -> Captured:
@@ -79,14 +75,15 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
     try:
         eval_graph, batch_free = _trace(modes.switch(False), inputs)
         train_graph = eval_graph
-        if _mode_matters(modes, inputs):
+        mode_matters, custom = observe(modes, inputs)
+        if mode_matters:
             train_graph, train_free = _trace(modes.switch(True), inputs)
             batch_free = batch_free and train_free
     finally:
         modes.restore()
     if not batch_free:
         warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=3)
-    return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free)
+    return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free, custom)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -141,7 +138,7 @@ def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
                 return tidy(program.module(check_guards=False), model), batch_free
         except Exception as error:  # torch.export raises many kinds; the first is the one to report
             failures.append(error)
-    raise _explain(model, inputs, failures[0])
+    raise explain(model, inputs, failures[0])
 
 
 def _free_batch(model: nn.Module, inputs: Args) -> dict[str, Any]:
@@ -168,81 +165,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-
-
-def _explain(model: nn.Module, inputs: Args, error: Exception) -> IdleFxError:
-    """Tell a model that does not run on its example from one that runs but cannot be traced."""
-    args, kwargs = inputs
-    shapes = ", ".join(str(tuple(t.shape)) for t in tree_leaves(inputs) if isinstance(t, torch.Tensor))
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    except Exception as eager:
-        refusal: IdleFxError = InputError(
-            f"capture: the model itself fails on example inputs of shape {shapes}: {first_line(eager)} "
-            f"(at {_own_line(eager)}); pass example_inputs that it accepts"
-        )
-        refusal.__cause__ = eager
-        return refusal
-    refusal = CaptureError(
-        f"capture: torch.export cannot trace the model: {first_line(error)} (at {_own_line(error)}); "
-        "a forward without control flow on tensor values (use torch.where), `.item()` and side effects usually helps"
-    )
-    refusal.__cause__ = error
-    return refusal
-
-
-def _own_line(error: Exception) -> str:
-    here = str(Path(__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
-    own = innermost([frame.filename for frame in frames])
-    return "unknown line" if own is None else f"{frames[own].filename}:{frames[own].lineno}"
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes down every operation with its settings, but not its data."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.stream: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        settings = tree_map_only(torch.Tensor, lambda t: tuple(t.shape), (args, kwargs or {}))
-        self.stream.append(f"{func} {settings}")
-        return func(*args, **(kwargs or {}))
-
-
-def _mode_matters(modes: Modes, inputs: Args) -> bool:
-    """Whether train and eval mode run different operations, found by running both; and warn of what gets lost."""
-    with checkpoints_seen() as lines:
-        streams = {training: _operations(modes.switch(training), inputs) for training in (False, True)}
-    if lines:
-        warnings.warn(
-            f"the model checkpoints activations (at {lines[0]}), and the converted one does not: training it holds all "
-            "of them, which takes more memory; fewer images in a step make up for it",
-            stacklevel=4,
-        )
-    if modes.mixed and streams[modes.training] != _operations(
-        modes.switch(modes.training).train(modes.training), inputs
-    ):
-        one, other = ("train", "eval") if modes.training else ("eval", "train")
-        warnings.warn(
-            f"{modes.apart()} in {other} mode, the model in {one} mode: the converted model keeps it so whenever it is "
-            f"in {one} mode; call model.{'train' if modes.training else 'eval'}() first if all parts should follow",
-            stacklevel=4,
-        )
-    return streams[False] != streams[True]
-
-
-def _operations(model: nn.Module, inputs: Args) -> list[str]:
-    """The operations that the model runs, with their settings."""
-    # Cloned: batch norms in train mode write their statistics, and a model may write into its inputs.
-    args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _Recorder() as recorder:
-        try:
-            functional_call(model, buffers, args, kwargs)
-        except Exception as error:
-            raise _explain(model, inputs, error) from error
-    return recorder.stream

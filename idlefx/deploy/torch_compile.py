@@ -14,7 +14,14 @@ from torch import fx
 
 from idlefx.analysis.attention import find_cores
 from idlefx.analysis.blocks import find_blocks
-from idlefx.capture.dynamo_graph import autocast_line, free_sizes, has_one_image, lift, lower
+from idlefx.capture.dynamo_graph import (
+    autocast_line,
+    free_sizes,
+    gradient_line,
+    has_one_image,
+    lift,
+    lower,
+)
 from idlefx.capture.graph_breaks import Part, forget, part_of
 from idlefx.deploy.inductor import compile_graph
 from idlefx.errors import CaptureError, IdleFxError, InputError, PlanError
@@ -102,7 +109,14 @@ def _with_idling(given: fx.GraphModule, inputs: list[Any], options: PlanOptions)
             ) from refusal
         raise
     rewritten = rewrite(spelled, plan, original)
-    return given if rewritten is original else lift(rewritten, given)
+    if rewritten is original:
+        return given
+    if line := gradient_line(given):
+        raise CaptureError(
+            f"capture: gradients of the model's own would be lost (at {line}); write them with plain operations and "
+            "`.detach()`, or compile the part of the model that is without them"
+        )
+    return lift(rewritten, given)
 
 
 def _plan_for(part: Part, blocks: BlockTable, options: PlanOptions) -> Plan:

@@ -158,11 +158,16 @@ def common_path(nodes: Iterable[fx.Node]) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost line of the user's own file that a node was traced from, as `file:line: code`.
+    """The line of the user's own file that a node was traced from, as `file:line: code`."""
+    return innermost_line(node.meta.get("stack_trace") or node.stack_trace or "")
+
+
+def innermost_line(stack: str) -> str:
+    """The innermost line of the user's own file in a stack as Python prints it, as `file:line: code`.
 
     Frames of libraries are passed over where there is any other.
     """
-    lines = (node.meta.get("stack_trace") or node.stack_trace or "").strip().splitlines()
+    lines = stack.strip().splitlines()
     frames = []
     for at, line in enumerate(lines):
         if line.strip().startswith("File "):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from idlefx.errors import InputError
 from idlefx.options import PlanOptions
 from idlefx.records import BlockTable, ModelFacts, Plan
 from idlefx.runtime.answers import Answers
@@ -39,6 +40,8 @@ class Conversion:
         inputs_guessed: Whether the example inputs were guessed, and not given.
         calls: How it is called, and what of that the trace has built in.
         answers: What the model says of itself to optimisers, loaders and people.
+        custom_gradient: What in the model has gradients of its own, which the graphs do not have: it is for inference
+            only. Empty if nothing has.
     """
 
     options: PlanOptions
@@ -50,6 +53,7 @@ class Conversion:
     inputs_guessed: bool
     calls: CallChecks
     answers: Answers
+    custom_gradient: str = ""
 
     @property
     def plan(self) -> Plan:
@@ -60,6 +64,19 @@ class Conversion:
     def blocks(self) -> BlockTable:
         """The table of the model's blocks."""
         return self.plan.blocks
+
+    def check_gradients(self) -> None:
+        """Refuse to train where gradients would not be the model's.
+
+        Raises:
+            InputError: The model has gradients of its own.
+        """
+        if self.custom_gradient:
+            raise InputError(
+                f"train: {self.custom_gradient} has gradients of its own, which a converted model does not have: it is "
+                "for inference only, in eval mode. For training, write it with plain operations and `.detach()`, or "
+                "convert the part of the model that is without it"
+            )
 
     def form(self, training: bool) -> Form:
         """What the model does in train or in eval mode."""

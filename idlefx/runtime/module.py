@@ -59,6 +59,11 @@ class IdleModule(fx.GraphModule):
         list_numbered(self)
         self.meta[KEY] = conversion
         self._check_calls()
+        self._guard_gradients()
+
+    def _guard_gradients(self) -> None:
+        if conversion_of(self).custom_gradient:
+            self.register_forward_hook(_refuse_backward)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -85,7 +90,13 @@ class IdleModule(fx.GraphModule):
             kind.forward = checked(inspect.unwrap(kind.forward), conversion.calls)
 
     def train(self, mode: bool = True) -> "IdleModule":
-        """Set train or eval mode, and the graph that belongs to it."""
+        """Set train or eval mode, and the graph that belongs to it.
+
+        Raises:
+            InputError: Train mode is asked for, and the model's gradients are not those of the original.
+        """
+        if mode:
+            conversion_of(self).check_gradients()
         super().train(mode)
         graph = conversion_of(self).form(mode).graph
         if self.graph is not graph:
@@ -114,7 +125,16 @@ class IdleModule(fx.GraphModule):
         list_numbered(copied)
         copied._check_calls()
         vars(copied).update(deepcopy(own_attributes(self), memo))
+        if _refuse_backward not in copied._forward_hooks.values():
+            copied._guard_gradients()
         return copied
+
+
+def _refuse_backward(idle: nn.Module, _: Any, result: Any) -> None:
+    """Let a backward pass say that its gradients would not be those of the model; eval mode can be trained in too."""
+    for tensor in tree_leaves(result) if torch.is_grad_enabled() else ():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda _: conversion_of(idle).check_gradients())
 
 
 def conversion_of(model: object) -> Conversion:
