@@ -19,6 +19,7 @@ from idlefx.graph.queries import placeholders, source_line
 
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
+_FAST_PATH: Any = (torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention)
 _OWN_GRADIENTS = ("autograd_function", "register_hook")  # in what Dynamo calls them, which differs by version
 
 
@@ -111,6 +112,12 @@ def gradient_line(given: fx.GraphModule) -> str:
     """The user's line of an autograd function or a hook, whose gradients `lower` would lose; empty if there is none."""
     calls = (node for node in given.graph.nodes if node.op.startswith("call"))
     return next((source_line(n) for n in calls if any(own in str(n.target) for own in _OWN_GRADIENTS)), "")
+
+
+def fast_path_line(given: fx.GraphModule) -> str:
+    """The user's line of a layer that torch computes as one operation, in which attention is hidden; empty if none."""
+    calls = (node for node in given.graph.nodes if node.op == "call_function")
+    return next((source_line(node) for node in calls if node.target in _FAST_PATH), "")
 
 
 def is_state(holder: fx.Node) -> bool:

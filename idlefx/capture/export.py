@@ -62,14 +62,35 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
     """
     model = unwrapped(model)
     _check_weights(model)
+    with _everything_visible():
+        return _capture(model, example_inputs, copy_model)
+
+
+@contextlib.contextmanager
+def _everything_visible() -> Iterator[None]:
+    """Whatever mode the caller is in: gradients as in training, and no fused operation in place of attention.
+
+    The fast path of torch's encoder layers and attention modules is one operation for a whole layer.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _capture(model: nn.Module, example_inputs: Any, copy_model: bool) -> Captured:
     inputs, facts = _normal_inputs(model, example_inputs)
     if parts := keeps_more(model):
         names = ", ".join(f"`{name}`" if name else "the model itself" for name in parts)
         warnings.warn(
             f"{names}: extra state and hooks of state_dict are not taken over; the converted model's state_dict holds "
             "parameters and buffers alone, so load and save those of the model itself where they matter",
-            stacklevel=3,
+            stacklevel=4,
         )
+    inputs = tree_map_only(torch.Tensor, torch.clone, inputs)  # what inference_mode made cannot be computed with here
     target = copy.deepcopy(model) if copy_model else model
     modes = Modes(target)
     try:
@@ -82,7 +103,7 @@ def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = 
     finally:
         modes.restore()
     if not batch_free:
-        warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=3)
+        warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=4)
     return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free, custom)
 
 

@@ -16,6 +16,7 @@ from idlefx.analysis.attention import find_cores
 from idlefx.analysis.blocks import find_blocks
 from idlefx.capture.dynamo_graph import (
     autocast_line,
+    fast_path_line,
     free_sizes,
     gradient_line,
     has_one_image,
@@ -85,6 +86,11 @@ def _read(options: Mapping[str, Any] | None) -> PlanOptions:
 
 def _with_idling(given: fx.GraphModule, inputs: list[Any], options: PlanOptions) -> fx.GraphModule:
     part = part_of(given, inputs)
+    if line := fast_path_line(given):
+        raise CaptureError(
+            f"capture: torch's fast path hides the attention of this layer (at {line}); switch it off with "
+            "torch.backends.mha.set_fastpath_enabled(False), and compile anew"
+        )
     original = lower(given)
     spelled = spell(original)
     if not find_cores(spelled.graph):
