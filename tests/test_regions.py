@@ -12,6 +12,7 @@ import idlefx
 from idlefx.deploy import torch_compile
 from tests.models.small import build, images
 from tests.support.gradients import of_squares
+from tests.support.messages import refusal, says
 
 
 class Watching(nn.Module):
@@ -113,3 +114,37 @@ def test_converted_models_are_copied_and_averaged():
     average.update(idle)
     twin = copy.deepcopy(idle)
     assert torch.equal(twin.get_buffer("mean"), idle.get_buffer("mean"))
+
+
+class Autocast(nn.Module):
+    """A ViT that switches autocast off around its head, or around everything."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.vit, self.around = build("vit"), around
+
+    def forward(self, x):
+        if self.around == "head":
+            x = self.vit.forward_features(x)
+            with torch.autocast("cpu", enabled=False):
+                return self.vit.head(x[:, 0].float())
+        with torch.autocast("cpu", enabled=False):
+            return self.vit(x)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_autocast_around_attention_is_refused_in_words(keep):
+    model = Autocast("everything")
+    said = refusal(converted, model, keep, "convert")
+    assert says(said, r"capture: .*switches autocast inside its forward \(at .*:\d+", "around the call")
+
+
+def test_autocast_around_the_head_is_kept():
+    model = Autocast("head").eval()
+    x = images(model.vit, 2)
+    idle = converted(model, 1.0, "convert")
+    for twin in (idle, copy.deepcopy(idle)):
+        assert torch.equal(twin(x), model(x))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert twin(x).dtype == model(x).dtype == torch.float32
+    idlefx.with_cut_loss(converted(model, 0.5, "convert"))(x)[1].backward()

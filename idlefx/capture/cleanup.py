@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from idlefx.capture.regions import write_out
+from idlefx.capture.regions import refuse_autocast, write_out
 from idlefx.graph.memory import Memory
 from idlefx.graph.queries import argument, carries_tensors, remove_dead, run_target
 from idlefx.graph.sizes import SMALL_BATCH, number
@@ -29,6 +29,7 @@ def tidy(exported: nn.Module, model: nn.Module) -> fx.GraphModule:
         if node.target is aten._assert_tensor_metadata.default or node.target == "_guards_fn":
             graph.erase_node(node)
     write_out(exported, graph)
+    refuse_autocast(exported, graph)
     _drop_masks(graph)
     remove_dead(graph)
     module = fx.GraphModule(exported, graph, type(model).__name__)

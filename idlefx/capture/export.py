@@ -171,6 +171,8 @@ def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
             with quiet(), every_line_of_the_model():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
                 return tidy(program.module(check_guards=False), model), batch_free
+        except IdleFxError:
+            raise
         except Exception as error:  # torch.export raises many kinds; the first is the one to report
             failures.append(error)
     raise explain(model, inputs, failures[0])

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from idlefx.graph.queries import argument, is_view
+from idlefx.errors import CaptureError
+from idlefx.graph.queries import argument, is_view, source_line
 
 aten = torch.ops.aten
 
+_ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default)
+_AUTOCAST: Any = torch.ops.higher_order.wrap_with_autocast
 NO_GRAD: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
 _SET_GRAD: Any = torch._C._set_grad_enabled
 _REGION = "idlefx_region"  # in a node's meta: the number of its region without gradients; 0 if it has gradients
@@ -34,6 +37,25 @@ def write_out(owner: nn.Module, graph: Any) -> None:
             regions[node] = node.meta.pop(_REGION, region if node.op == "call_function" else 0)
     if any(regions.values()):
         _cut(owner, graph, regions)
+
+
+def refuse_autocast(owner: nn.Module, graph: fx.Graph) -> None:
+    """Refuse a region that switches autocast around attention, whose blocks would be hidden; others stay regions.
+
+    Raises:
+        CaptureError: There is one.
+    """
+    for node in graph.find_nodes(op="call_function", target=_AUTOCAST):
+        part: Any = node.args[4]
+        module = owner.get_submodule(part.target)
+        inner: Any = module.graph
+        for call in inner.nodes:
+            if call.target in _ATTENTION:
+                raise CaptureError(
+                    f"capture: the model switches autocast inside its forward (at {source_line(call)}); "
+                    "switch it around the call instead"
+                )
+        refuse_autocast(module, inner)
 
 
 def _inline(owner: nn.Module, graph: Any, numbers: "count[int]") -> None:
