@@ -9,6 +9,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import idlefx
+from idlefx.runtime.module import selections
 from tests.models.small import build, images
 
 
@@ -88,6 +89,26 @@ def test_containers_hold_what_they_held():
         idle(X, nested={"by": torch.ones(()), "and": 2})
     with pytest.raises(idlefx.InputError, match=r"`nested.by` must be a tensor"):
         idle(X, nested={"by": 1.0})
+
+
+@torch.no_grad()
+def test_dicts_may_have_any_order():
+    class Named(nn.Module):
+        """A model that takes two images in one dict."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = build("vit")
+
+        def forward(self, pair: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.vit(pair["image"] - 0.1 * pair["noise"])
+
+    one, two = images(MODEL.vit, 2), images(MODEL.vit, 2, seed=1)
+    model = Named().eval()
+    idle = idlefx.convert(model, layers=[1], keep=0.5, example_inputs=({"image": one, "noise": two},))
+    pairs = {"image": one, "noise": two}, {"noise": two, "image": one}
+    assert idle(pairs[0]).equal(idle(pairs[1]))
+    assert selections(idle, pairs[0])[1].equal(selections(idle, pairs[1])[1])
 
 
 @torch.no_grad()

@@ -133,6 +133,16 @@ class CallChecks:
                 )
         return inputs
 
+    def flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The tensors and settings of the inputs in the order of the placeholders, whatever the caller's dicts have.
+
+        Raises:
+            InputError: The trace has built in something else.
+            TypeError: The model's forward takes no such arguments.
+        """
+        inputs = zip(self.in_order(args, kwargs), self.expected.values(), strict=True)
+        return [leaf for value, expected in inputs for leaf in _leaves(value, expected)]
+
 
 def checks_of(forward: Callable[..., Any], graph: fx.Graph) -> CallChecks:
     """What calls of a traced model must be like.
@@ -198,6 +208,15 @@ def _check(value: Any, expected: Any, where: str) -> None:
             )
         for place, (leaf, part) in enumerate(zip(leaves, tree_leaves(expected), strict=True)):
             part.check(leaf, f"{where}.{place}")
+
+
+def _leaves(value: Any, expected: Any) -> list[Any]:
+    """The leaves of a container that was held against what is expected, in the order of that."""
+    if isinstance(expected, Mapping):
+        return [leaf for key, part in expected.items() for leaf in _leaves(value[key], part)]
+    if isinstance(expected, (list, tuple)):
+        return [leaf for each, part in zip(value, expected, strict=True) for leaf in _leaves(each, part)]
+    return tree_leaves(value)
 
 
 def _same(value: Any, wanted: Any) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
-from torch.utils._pytree import tree_leaves
 
 from idlefx.errors import InputError
 from idlefx.graph.notes import KEY, only_made_for
@@ -207,7 +206,7 @@ def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.T
     idle = converted(idle)
     wanted = {s.block: only_made_for(idle.graph, s.block, "index") for s in conversion_of(idle).plan if s.idles}
     recorder = _Recorder(idle, set(wanted.values()))
-    flat = tree_leaves(conversion_of(idle).calls.in_order(args, kwargs))
+    flat = conversion_of(idle).calls.flat(args, kwargs)
     with torch.no_grad():
         recorder.run(*flat, enable_io_processing=False)
     return {block: recorder.seen[node] for block, node in wanted.items()}
