@@ -62,6 +62,10 @@ def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.No
     if target is aten.slice.Tensor:
         from_image, cut = _from_image(flow, args[0], dim, blocks), slice(*(argument(node, i, "") for i in (2, 3, 4)))
         return from_image[cut] if argument(node, 1, "dim", 0) % tensor.ndim == dim else from_image
+    if target in (aten.repeat.default, aten.expand.default):
+        at = dim - tensor.ndim + len(shape_of(args[0]))
+        from_image = _from_image(flow, args[0], at, blocks) if at >= 0 else [True]
+        return from_image * (count // len(from_image))
     before = _before_rowwise(flow, node, dim) if sum(i in flow for i in node.all_input_nodes) > 1 else None
     if before is not None:
         return _from_image(flow, before, dim, blocks)
