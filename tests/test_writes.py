@@ -7,7 +7,7 @@ from torch import nn
 import idlefx
 from idlefx.pipeline import inspect
 from tests.models.small import build, images
-from tests.support.messages import says
+from tests.support.messages import refusal, says
 
 
 class Net(nn.Module):
@@ -130,6 +130,13 @@ def test_the_backend_writes_too(net, monkeypatch):
     found = outcome(torch.compile(net(), backend="idlefx", options={"layers": [1], "keep": 0.5}))
     torch._dynamo.reset()
     assert same(found[2:], wanted[2:]) and not same(found[:2], wanted[:2])
+
+
+def test_onnx_refuses_what_it_cannot_keep(tmp_path):
+    pytest.importorskip("onnxscript")
+    idle = idlefx.convert(Chain(), [1], 0.5, example_inputs=images(build("vit"), 2))
+    words = refusal(idlefx.package, idle, tmp_path / "model.onnx")
+    assert says(words, "writes into a buffer", r"test_writes\.py:\d+: self\.mean\.mul_", r"\.pt2")
 
 
 class Between(Net):

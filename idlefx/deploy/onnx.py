@@ -13,6 +13,8 @@ from idlefx.deploy.manifest import KEY
 from idlefx.deploy.parity import check_parity
 from idlefx.deploy.program import Program
 from idlefx.errors import ArtifactError, InputError, first_line
+from idlefx.graph.memory import Memory, written
+from idlefx.graph.queries import source_line
 from idlefx.runtime import ops
 
 
@@ -33,9 +35,15 @@ def write_onnx(portable: Program, manifest: Mapping[str, Any], path: Path) -> No
         InputError: The disk is full.
         ArtifactError: An operation has no form in ONNX.
     """
+    memory = Memory(portable.module.graph)
+    if seen := [write for write in memory.writes if any(map(memory.is_seen_outside, written(write)))]:
+        raise ArtifactError(
+            f"package: the model writes into a buffer or an input (at {source_line(seen[0])}), and an ONNX file keeps "
+            "nothing from one call to the next; package it as .pt2, which does, or take the line out"
+        )
     try:
         with quiet(), ops.plain():
-            written = torch.onnx.export(
+            program = torch.onnx.export(
                 portable.export(),
                 dynamo=True,
                 input_names=portable.input_names,
@@ -43,12 +51,12 @@ def write_onnx(portable: Program, manifest: Mapping[str, Any], path: Path) -> No
                 custom_translation_table={torch.ops.aten.sort.stable: _sort},
                 verbose=False,
             )
-            assert written is not None
+            assert program is not None
             if True in portable.free:
-                inputs: Any = written.model.graph.inputs
-                written.rename_axes({inputs[portable.free.index(True)].shape[0]: "batch"})
-            written.model.metadata_props[KEY] = json.dumps(manifest)
-            written.save(path, external_data=False)
+                inputs: Any = program.model.graph.inputs
+                program.rename_axes({inputs[portable.free.index(True)].shape[0]: "batch"})
+            program.model.metadata_props[KEY] = json.dumps(manifest)
+            program.save(path, external_data=False)
     except OSError as error:
         raise InputError(f"package: cannot write into {path.parent}: {error.strerror}; make room there") from error
     except Exception as error:  # the exporter raises many kinds
