@@ -20,7 +20,7 @@ from idlefx.capture.modes import Modes
 from idlefx.capture.observation import Args, explain, observe
 from idlefx.capture.stack_traces import every_line_of_the_model
 from idlefx.capture.wrappers import unwrapped
-from idlefx.errors import InputError
+from idlefx.errors import IdleFxError, InputError
 from idlefx.graph.state import keeps_more
 from idlefx.records import ModelFacts
 

@@ -60,7 +60,9 @@ def put_tokens(
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Without the machinery for gradients where none is wanted: it takes longer than the tokens of one image."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
+    if not torch.is_grad_enabled():
+        return function.forward(*args)
+    return function.apply(*args) if torch.compiler.is_compiling() else _FORWARD_MODE[function].apply(*args)
 
 
 class _Take(torch.autograd.Function):
@@ -77,6 +79,7 @@ class _Take(torch.autograd.Function):
         x, index, ctx.dim = inputs
         ctx.count = x.shape[ctx.dim]
         ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -100,12 +103,35 @@ class _Put(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, index, _, place, ctx.dim = inputs
         ctx.save_for_backward(index, place)
+        ctx.save_for_forward(index, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
         index, place = ctx.saved_tensors
         worked = take_tokens(grad, index, ctx.dim, 1 - ctx.dim)
         return put_tokens(grad, index, torch.zeros_like(worked), ctx.dim, 1 - ctx.dim, place), None, worked, None, None
+
+
+class _TakeInEager(_Take):
+    """With derivatives in forward mode, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: Any) -> Tensor:
+        (index,) = ctx.saved_tensors
+        return take_tokens(x, index, ctx.dim, 1 - ctx.dim)
+
+
+class _PutInEager(_Put):
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, index: Any, tokens: Tensor, *_: Any) -> Tensor:
+        index, place = ctx.saved_tensors
+        return put_tokens(x, index, tokens, ctx.dim, 1 - ctx.dim, place)
+
+
+_FORWARD_MODE: dict[type[torch.autograd.Function], type[torch.autograd.Function]] = {
+    _Take: _TakeInEager,
+    _Put: _PutInEager,
+}
 
 
 def _rows(x: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The result of a conversion: a graph module that stays what its model was to its users."""
 
 import inspect
+import warnings
 from copy import deepcopy
 from typing import Any
 
@@ -12,6 +13,7 @@ from idlefx.errors import InputError
 from idlefx.graph.notes import KEY, only_made_for
 from idlefx.graph.state import adopt, list_numbered, owner_of
 from idlefx.records import Plan
+from idlefx.runtime import ops
 from idlefx.runtime.call_checks import checked
 from idlefx.runtime.conversion import Conversion
 from idlefx.runtime.saving import SavedModule, own_attributes, saved
@@ -47,6 +49,9 @@ class IdleModule(fx.GraphModule):
             eval_root: Holds the tensors that the graphs of eval mode read.
             train_root: Holds those of train mode; not looked at where both modes do the same.
         """
+        for form in (conversion.evaluation, conversion.training):
+            for node in form.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+                node.target = ops.size_of
         super().__init__(eval_root, conversion.evaluation.graph, "IdleModule")
         roots = [(conversion.evaluation, eval_root)]
         if conversion.training is not conversion.evaluation:
@@ -87,6 +92,10 @@ class IdleModule(fx.GraphModule):
         if conversion is not None:
             kind: Any = type(self)  # every graph module has a class of its own
             kind.forward = checked(inspect.unwrap(kind.forward), conversion.calls)
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:  # what torch calls while TorchScript is tracing
+        _speak_of_tracing()
+        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> "IdleModule":
         """Set train or eval mode, and the graph that belongs to it.
@@ -134,6 +143,19 @@ def _refuse_backward(idle: nn.Module, _: Any, result: Any) -> None:
     for tensor in tree_leaves(result) if torch.is_grad_enabled() else ():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             tensor.register_hook(lambda _: conversion_of(idle).check_gradients())
+
+
+def _speak_of_tracing() -> None:
+    if torch.onnx.is_in_onnx_export():
+        raise InputError(
+            "model: torch.onnx.export(…, dynamo=False) cannot export a converted model; use dynamo=True, or "
+            "idlefx.package with a name that ends in .onnx"
+        )
+    warnings.warn(
+        "torch.jit.trace writes the batch size of its example into a converted model, and takes no other; "
+        "idlefx.package and torch.export leave it free",
+        stacklevel=3,
+    )
 
 
 def conversion_of(model: object) -> Conversion:

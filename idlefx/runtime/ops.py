@@ -184,6 +184,8 @@ def _are_prefix(positions: Tensor, prefix: tuple[int, ...]) -> Tensor:
 
 
 def _descending(scores: Tensor) -> Tensor:
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK gives ties to the lower position
+        return scores.topk(scores.shape[1], dim=1).indices
     return scores.argsort(dim=1, descending=True, stable=True)
 
 
@@ -192,6 +194,11 @@ def _ranks(scores: Tensor, among: Tensor) -> Tensor:
     rank = _descending(scores).argsort(dim=1)
     allowed = torch.zeros_like(rank).scatter(1, among, scores.shape[1])
     return allowed - rank
+
+
+def size_of(x: Tensor, dim: int) -> int:
+    """A size, as Python asks for it: `torch.ops.aten.sym_size` is unknown to `torch.vmap`."""
+    return x.shape[dim]
 
 
 def fixed_tokens(x: Tensor, positions: tuple[int, ...], batch_dim: int = 0) -> Tensor:
