@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
+from torch.utils._pytree import tree_leaves
 
 from idlefx.errors import InputError
 from idlefx.graph.notes import KEY, only_made_for
