@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from idlefx.reporting.token_map import draw
     from idlefx.runtime.conversion import Conversion
     from idlefx.runtime.module import IdleModule
-    from idlefx.utils.versions import VERSION as __version__
 
+__version__: str
 __all__ = [
     "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "Conversion", "IdleFxError",
     "IdleModule", "InputError", "ParityError", "PassError", "Plan", "PlanError", "PlanOptions", "Report", "Step",
-    "TrainingError", "__version__", "compile", "convert", "draw", "emit", "inspect", "load", "package", "report",
+    "TrainingError", "compile", "convert", "draw", "emit", "inspect", "load", "package", "report",
     "selector", "with_cut_loss",
 ]  # fmt: skip
 
@@ -73,7 +73,8 @@ def __dir__() -> list[str]:
 
 def _register_backend() -> None:
     """Make `torch.compile(backend="idlefx")` known in a checkout; an installed package tells torch by entry point."""
-    if "idlefx" not in entry_points(group="torch_dynamo_backends").names:
+    known = {each.name: each.value for each in entry_points(group="torch_dynamo_backends")}
+    if known.get("idlefx") != "idlefx.deploy.torch_compile:compile_idle":  # none, or that of an older installation
         from idlefx.deploy.torch_compile import register
 
         register()

@@ -12,6 +12,7 @@ from idlefx.analysis.blocks import find_blocks, open_block
 from idlefx.analysis.subset import Subset
 from idlefx.capture.export import capture
 from idlefx.graph.build import add_call
+from idlefx.graph.notes import Made
 from idlefx.pipeline import spell
 from idlefx.rewriting.rebuilder import Rebuilder
 from tests.models.small import build, build_mixing, fingerprint, images
@@ -168,6 +169,7 @@ def test_tokens_that_an_operation_takes_apart_are_refused_by_the_rebuilder():
     any_half = Subset(None, (), tuple(range(block.tokens)), half)  # though the block cuts behind the class token
     with graph.graph.inserting_before(opened.exit):
         tokens = add_call(graph.graph, aten.narrow.default, opened.entry, 1, 0, half, name="half", like=opened.entry)
-        rebuild = Rebuilder(graph.graph, opened.walk, any_half, {opened.entry: tokens}, "half_")
+        note = Made(block.index, "work")
+        rebuild = Rebuilder(graph.graph, opened.walk, any_half, {opened.entry: tokens}, "half_", note)
         with pytest.raises(idlefx.PassError, match=r"cuts the image tokens apart"):
             rebuild(opened.exit)

@@ -8,7 +8,7 @@ from torch.fx.node import Target
 from idlefx.graph import inference
 from idlefx.graph.notes import KEY, Note
 
-_OWN = ("val", "tensor_meta", "inferred", KEY)  # what the origin of a node does not tell of it
+_OWN = ("val", "tensor_meta", inference.KEY, KEY)  # what the origin of a node does not tell of it
 
 
 def add_call(

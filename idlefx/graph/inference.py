@@ -14,7 +14,7 @@ from idlefx.graph.queries import run_target
 
 UNFORESEEN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  # a fresh symbol at each call
 
-_KEY = "inferred"
+KEY = "inferred"
 _REMEMBERED: dict[Any, dict[Any, Any]] = {}  # by the fake mode of a trace
 
 
@@ -98,12 +98,12 @@ def record(node: fx.Node) -> None:
 
 def trust(node: fx.Node) -> None:
     """Take the recorded value of a node for right, as long as what it rests on stays."""
-    node.meta[_KEY] = basis_of(node)
+    node.meta[KEY] = basis_of(node)
 
 
 def is_trusted(node: fx.Node) -> bool:
     """Whether the value of a node was inferred or trusted, and nothing that it rests on has changed since."""
-    basis: Basis | None = node.meta.get(_KEY)
+    basis: Basis | None = node.meta.get(KEY)
     return basis is not None and basis.holds(node)
 
 
@@ -111,4 +111,4 @@ def forget(graph: fx.Graph) -> None:
     """Forget what was inferred, but for the values of the nodes."""
     _REMEMBERED.clear()
     for node in graph.nodes:
-        node.meta.pop(_KEY, None)
+        node.meta.pop(KEY, None)
