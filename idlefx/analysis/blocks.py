@@ -16,14 +16,14 @@ from torch import fx
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core, find_cores
 from idlefx.analysis.macs import count_macs
-from idlefx.analysis.prefix_tokens import class_token, prefix_positions, read_by_head
+from idlefx.analysis.prefix_tokens import class_token, named_positions, prefix_positions, read_by_head
 from idlefx.analysis.projections import projection
 from idlefx.analysis.propagation import follow
 from idlefx.analysis.refusal import RefusedOperation, refuse
 from idlefx.analysis.subset import Subset
 from idlefx.analysis.trunks import Trunk, find_trunks
 from idlefx.analysis.walk import Walk
-from idlefx.errors import BlockError, InputError
+from idlefx.errors import BlockError
 from idlefx.graph.queries import (
     by_name,
     common_path,
@@ -36,7 +36,6 @@ from idlefx.graph.queries import (
     value,
 )
 from idlefx.graph.sizes import follows_batch, shape_of
-from idlefx.options import plain_prefix
 from idlefx.records import Block, BlockTable
 
 aten = torch.ops.aten
@@ -143,7 +142,7 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         return replace(block, refusal=str(refusal))
     tokens = stream[token_dim]
     if prefix is not None:
-        positions = _named_positions(prefix, tokens)
+        positions = named_positions(prefix, tokens)
     else:
         positions = prefix_positions(flow, trunk.entry, token_dim, known)
     layout = walk[trunk.cores[0].query]
@@ -175,14 +174,6 @@ def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:
     root = nodes[0].graph.owning_module
     read = {str(n.target) for n in seen if n.op == "get_attr"}
     return sum(p.numel() for name, p in root.named_parameters() if name in read) if root is not None else 0
-
-
-def _named_positions(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
-    plain = plain_prefix(prefix)
-    positions = tuple(sorted(set(plain if isinstance(plain, tuple) else range(plain or 0))))
-    if not all(0 <= p < tokens for p in positions) or len(positions) >= tokens:
-        raise InputError(f"blocks: prefix={prefix} does not fit {tokens} tokens; give their number or their positions")
-    return positions
 
 
 def _attends_over_batch(core: Core) -> bool:

@@ -1,6 +1,6 @@
 """Which tokens are prefix tokens, and which of them is the class token."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -13,14 +13,33 @@ from idlefx.analysis.propagation import follow
 from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.rules.registry import rule_of
 from idlefx.analysis.walk import Walk
+from idlefx.errors import InputError
 from idlefx.graph.memory import Memory, written
 from idlefx.graph.queries import argument, dominator_chain, region, value
 from idlefx.graph.sizes import FREE_BATCH, plain_shape, shape_of
+from idlefx.options import plain_prefix
 
 aten = torch.ops.aten
 _ROWWISE = (aten.layer_norm.default, aten.rms_norm.default, aten.linear.default, aten.dropout.default,
             aten.contiguous.default, aten.clone.default, aten.detach.default, aten.to.dtype,
             aten._to_copy.default)  # fmt: skip
+
+
+def named_positions(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
+    """The positions of the prefix tokens that a user names, ascending.
+
+    Args:
+        prefix: How many leading ones, or their positions.
+        tokens: How many tokens there are.
+
+    Raises:
+        InputError: They do not fit.
+    """
+    plain = plain_prefix(prefix)
+    positions = tuple(sorted(set(plain if isinstance(plain, tuple) else range(plain or 0))))
+    if not all(0 <= p < tokens for p in positions) or len(positions) >= tokens:
+        raise InputError(f"blocks: prefix={prefix} does not fit {tokens} tokens; give their number or their positions")
+    return positions
 
 
 def prefix_positions(flow: nx.DiGraph, stream: fx.Node, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> tuple[int, ...]:
