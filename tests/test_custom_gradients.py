@@ -101,7 +101,7 @@ def eager(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("keep", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OWN)
 def test_own_gradients_are_for_inference_only(name, keep):
     make, what = OWN[name]

@@ -22,7 +22,7 @@ HALF, LAST = Case((1, 3), 0.5), Case((1,), 0.5)
 EXTRA = {
     "rotary": Spec("vit_small_patch16_dinov3", 5, None),
     "rotary_class": Spec("vit_pe_core_tiny_patch16_384", 1, 0),
-    "bias": Spec("beit_base_patch16_224", 1, None),
+    "bias": Spec("beit_base_patch16_224", 1, 0),
     "post_norm": Spec("vit_tiny_patch16_224", 1, 0, {"block_fn": ResPostBlock}),
 }
 TIMM = [

@@ -40,7 +40,7 @@ def converted(*args, keep=1.0, **kwargs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize("keep", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_another_value_is_refused(keep):
     idle = converted(X, 2.0, keep=keep)
     words = "^input: `scale` was 2.0 when the model was traced and cannot be 0.5; convert the model with example_inputs"

@@ -43,7 +43,7 @@ def test_turned_images_are_refused_as_the_model_does(idle):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize("keep", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_model_of_all_sizes_takes_that_of_the_example(keep):
     model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=10, dynamic_img_size=True)
     idle = idlefx.convert(model.eval(), layers=[1], keep=keep)

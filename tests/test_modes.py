@@ -40,7 +40,7 @@ def moves(model, x):
     return not torch.equal(model(x), model(x))
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("keep", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_monte_carlo_dropout_stays_on(keep):
     model = vit(proj_drop_rate=0.3)

@@ -9,7 +9,7 @@ from tests.models.small import build, images
 from tests.support.messages import refusal, says
 
 
-@pytest.fixture(scope="module", params=[1.0, 0.5])
+@pytest.fixture(scope="module", params=[0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def idle(request):
     return idlefx.convert(build("vit", depth=2), layers=[1], keep=request.param)
 

@@ -132,7 +132,7 @@ class Autocast(nn.Module):
             return self.vit(x)
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("keep", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_autocast_around_attention_is_refused_in_words(keep):
     model = Autocast("everything")
     said = refusal(converted, model, keep, "convert")
