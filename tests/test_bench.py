@@ -212,6 +212,7 @@ def test_number_type_that_the_device_lacks_is_refused(monkeypatch):
         quick(dtype=torch.float16)
 
 
+@pytest.mark.slow
 def test_several_models_and_ratios_are_timed_and_a_refused_one_named(capsys, tmp_path):
     target = tmp_path / "bench.json"
     command = [*COMMAND, "--model", f"{__name__}:named", f"{__name__}:CASE", "--keep", "0.9", "0.9,0.5"]

@@ -105,6 +105,7 @@ def test_measured_block_has_the_multiply_adds_of_the_models_own():
     assert set(found.ms) == {1, 37} and all(ms > 0 for ms in found.ms.values())
 
 
+@pytest.mark.slow
 def test_table_goes_from_bench_to_convert_in_the_shell(tmp_path, capsys):
     path = tmp_path / "times.json"
     timing = [

@@ -113,6 +113,7 @@ def close(some, others):
     return some.keys() == others.keys() and all(torch.allclose(some[n], others[n], 1e-9, 1e-12) for n in some)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_one_process_with_the_joined_batch(pair, alone):
     row, joined = alone
     assert len(joined) > 30 and all(float(grad.abs().max()) > 0 for grad in joined.values())
@@ -128,6 +129,7 @@ def test_gradients_of_half_the_batch_are_others(alone):
     assert joined.keys() == half.keys() and not close(joined, half)
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_one_process_though_the_images_do_not_divide(pair):
     alone, seen = accuracy(World())
     assert seen == TO_LOOK_AT

@@ -24,6 +24,7 @@ def started(monkeypatch, script, *arguments):
     script.main()
 
 
+@pytest.mark.slow
 def test_quickstart_shows_the_shipped_model_where_there_is_no_hub(monkeypatch, tmp_path, capsys):
     def silent(*_, **__):
         raise URLError("no network")

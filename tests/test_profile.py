@@ -3,6 +3,7 @@
 import math
 from itertools import chain
 
+import pytest
 import timm
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ def segments(keep: float) -> list[list[FunctionEvent]]:
     return found
 
 
+@pytest.mark.slow
 def test_idling_block_calls_libraries_for_working_tokens_only():
     _, dense, *idle = segments(0.7)
     between = list(chain.from_iterable(idle))
