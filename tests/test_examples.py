@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.error import URLError
 
@@ -71,6 +72,8 @@ def test_in_house_goes_from_conversion_to_serving(tmp_path):
 @pytest.mark.slow
 def test_study_goes_on_where_it_was_interrupted_and_draws(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, "LOOKED_AT", 24)
+    # A process that has run backward passes, as other tests do, must not fork.
+    monkeypatch.setattr(study, "ProcessPoolExecutor", ThreadPoolExecutor)
     steps, scenes, results = 1, 48, tmp_path / "results" / "study.json"
     results.parent.mkdir()
     shipped = json.loads((ROOT / "examples" / "results" / "study.json").read_text())

@@ -196,21 +196,23 @@ def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
         if _attends_over_batch(core):
             refuse(core.out, "attends over the batch")
     symbolic = [d for d, size in enumerate(shape) if follows_batch(size)]
-    refusals = []
+    refusals: list[tuple[int, RefusedOperation]] = []
     for batch_dim in symbolic or [0, 1]:
         for token_dim in [d for d in range(2) if d != batch_dim] + [2]:
             layout = lay.stream(shape_of(trunk.entry), token_dim, batch_dim)
             try:
                 walk = follow(nodes, {trunk.entry: layout})
             except RefusedOperation as refusal:
-                refusals.append(refusal)
+                refusals.append((token_dim, refusal))
                 continue
             if walk[trunk.exit] == layout:
                 return token_dim, batch_dim, walk
-            refusals.append(RefusedOperation("the tokens leave the block in another order", trunk.exit))
+            refusals.append((token_dim, RefusedOperation("the tokens leave the block in another order", trunk.exit)))
     # A dimension that does not hold the tokens is refused early: of the one that went furthest is said what matters.
+    # The last one is that of the features in most models, and may go far where a norm is spelled out.
     order = {node: place for place, node in enumerate(nodes)}
-    raise max(refusals, key=lambda refusal: -1 if refusal.node is None else order.get(refusal.node, -1))
+    _, furthest = max(refusals, key=lambda tried: (tried[0] < 2, order.get(tried[1].node, -1)))  # type: ignore[arg-type]
+    raise furthest
 
 
 def _cannot_be_cut(walk: Walk, block: Block) -> str:
