@@ -11,7 +11,6 @@ from idlefx.records import Step
 from idlefx.runtime.module import selections
 from tests.models.small import DEPTH, build_mixing, image_tokens, images
 from tests.support.cases import (
-    SCHEDULES,
     Case,
     convert,
     converted,
@@ -62,7 +61,7 @@ def test_choosing_all_tokens_is_bit_identical_too(model, spec, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["stages", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_converted_equals_reference(name, model, schedule):
     case = random_case(name, schedule)
     idle = converted(name, case)
@@ -109,7 +108,7 @@ def test_idle_tokens_are_bit_identical_and_the_others_work(name, model, spec):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["stages", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_selections_are_ascending_and_hold_the_prefix(name, model, spec, schedule):
     case = random_case(name, schedule)
     idle = converted(name, case)
@@ -158,6 +157,7 @@ def test_graph_of_deit_s_shows_scores_index_gather_and_scatter():
             assert parts <= names
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_token_may_do_all_the_work(name, model):
     case = Case((0, 1, 2, 3), 0.001, "blocks")

@@ -13,7 +13,6 @@ from tests.models.small import DEPTH, MODELS, build, image_tokens, images
 from tests.oracles import reference
 from tests.oracles.reference import Result
 
-SCHEDULES = ("stages", "blocks")
 CLEAR_MARGIN = 3e-5
 
 
