@@ -46,7 +46,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByCompanions(config, log)
 
 
-@pytest.fixture(scope="session", params=list(MODELS))
+# Variants of others, whose tests are slow ones: the first of each kind runs always.
+VARIANTS = (
+    "deit", "registers_map", "siglip", "qk_norm_gap", "parallel_fused", "average_pool", "hand_written_gap", "collision",
+)  # fmt: skip
+
+
+@pytest.fixture(
+    scope="session", params=[pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in MODELS]
+)
 def name(request: pytest.FixtureRequest) -> str:
     """The name of each model in turn."""
     return request.param
