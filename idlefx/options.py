@@ -10,6 +10,8 @@ from idlefx.errors import PlanError
 
 Schedule = Literal["stages", "blocks"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
+Idle = Literal["rest", "follow"]
+IDLES: tuple[str, ...] = get_args(Idle)
 AUTO = "auto"
 SELECTORS = (AUTO, "class", "mean", "norm", "random")  # those that are built in
 
@@ -31,9 +33,11 @@ class PlanOptions:
         reselect: Whether a token that idles may work again in a later block.
         multiple_of: P + K, the tokens that work, is raised to a multiple of it.
         prefix: Number of leading prefix tokens, or their positions; found if None.
+        idle: What idle tokens do meanwhile: "rest", unchanged, or "follow" the worker most like them.
 
     Raises:
-        PlanError: A value is of the wrong kind or out of its range, whatever the model.
+        PlanError: A value is of the wrong kind or out of its range, whatever the model; or the tokens follow, and it
+            is said how they are scored or that they may not return, which only resting knows.
     """
 
     layers: Sequence[int]
@@ -43,20 +47,37 @@ class PlanOptions:
     reselect: bool = True
     multiple_of: int = 1
     prefix: int | Sequence[int] | None = None
+    idle: Idle = "rest"
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise PlanError(f"plan: unknown schedule {self.schedule!r}; known are {', '.join(SCHEDULES)}")
+        if self.idle not in IDLES:
+            raise PlanError(f"plan: unknown idle={self.idle!r}; idle tokens either {' or '.join(IDLES)}")
         if not isinstance(self.selector, str):
             raise PlanError(f"plan: selector={self.selector!r} is no name; register a score with idlefx.selector")
         if not isinstance(self.reselect, bool):
             raise PlanError(f"plan: reselect={self.reselect!r} is neither True nor False")
         if not _is_whole(self.multiple_of) or self.multiple_of < 1:
             raise PlanError(f"plan: multiple_of={self.multiple_of!r} is no whole number from 1; 8 suits most kernels")
+        if self.idle == "follow":
+            self._check_following()
         layers = _plain_layers(self.layers)
         plain = {"layers": layers, "keep": _plain_keep(self.keep, len(layers)), "prefix": plain_prefix(self.prefix)}
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+    def _check_following(self) -> None:
+        if self.selector != AUTO:
+            raise PlanError(
+                f"plan: selector={self.selector!r} scores tokens that rest; with idle='follow' those idle that "
+                "are most like others, so leave the selector out, or take idle='rest'"
+            )
+        if not self.reselect:
+            raise PlanError(
+                "plan: reselect=False lets no token return, but with idle='follow' every token is back at the end of "
+                "its stage; leave it out, or take idle='rest'"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which JSON keeps as it is."""

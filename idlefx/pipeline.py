@@ -10,19 +10,21 @@ from torch import fx, nn
 
 from idlefx.analysis.blocks import find_blocks
 from idlefx.capture.export import Captured, capture
-from idlefx.errors import IdleFxError, PassError
+from idlefx.errors import IdleFxError, InputError, PassError
 from idlefx.graph import inference
 from idlefx.graph.state import adopt
-from idlefx.options import AUTO, PlanOptions, Schedule
+from idlefx.options import AUTO, Idle, PlanOptions, Schedule
 from idlefx.passes import (
     add_cut_loss,
+    follow_workers,
+    form_groups,
     idle_tokens,
     lower_spellings,
     normalize_attention,
     select_tokens,
     shorten_query,
 )  # fmt: skip
-from idlefx.planning.schedule import make_plan
+from idlefx.planning.schedule import fits, make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.rewriting.verify import promise_of, verify
 from idlefx.runtime.answers import answers_of
@@ -33,8 +35,9 @@ from idlefx.runtime.module import IdleModule, conversion_of, converted
 Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 
 SPELL: tuple[Pass, ...] = (lower_spellings, normalize_attention)
-REWRITE: tuple[Pass, ...] = (select_tokens, idle_tokens, shorten_query)
-REWRITE_WITH_LOSS: tuple[Pass, ...] = (select_tokens, add_cut_loss, idle_tokens, shorten_query)
+REST: tuple[Pass, ...] = (select_tokens, idle_tokens, shorten_query)
+FOLLOW: tuple[Pass, ...] = (form_groups, follow_workers)
+REST_WITH_LOSS: tuple[Pass, ...] = (select_tokens, add_cut_loss, idle_tokens, shorten_query)
 
 
 def convert(
@@ -47,6 +50,7 @@ def convert(
     reselect: bool = True,
     multiple_of: int = 1,
     prefix: int | Sequence[int] | None = None,
+    idle: Idle = "rest",
     example_inputs: Any = None,
     copy: bool = True,
 ) -> IdleModule:
@@ -64,6 +68,8 @@ def convert(
         reselect: Whether a token that idles may work again in a later block. False is pruning, for comparison.
         multiple_of: Raise K until P + K, the tokens that work, is a multiple of it: 8 suits the tiles of GPU kernels.
         prefix: Number of leading prefix tokens, or their positions; found if None.
+        idle: What idle tokens do meanwhile. "rest": they stay unchanged, as published; this wants fine-tuning.
+            "follow": each takes over the update of the worker most like it; this serves without any training.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed for timm, torchvision
             and Hugging Face models.
         copy: Leave `model` untouched; otherwise the result shares its parameters.
@@ -77,7 +83,7 @@ def convert(
     Source:
         IdleViT, arXiv:2310.05654.
     """
-    options = PlanOptions(layers, keep, schedule, selector, reselect, multiple_of, prefix)
+    options = PlanOptions(layers, keep, schedule, selector, reselect, multiple_of, prefix, idle)
     captured = capture(model, example_inputs, copy_model=copy)
     if captured.custom_gradient and not captured.training:
         warnings.warn(
@@ -118,7 +124,7 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
         idling blocks. What trains it trains `idle`.
 
     Raises:
-        InputError: The model's gradients are not those of the original.
+        InputError: The model's gradients are not those of the original, or its idle tokens follow.
 
     Source:
         IdleViT, arXiv:2310.05654; `idlefx.runtime.cut_loss.token_cut` states the formula.
@@ -126,6 +132,11 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
     idle = converted(idle)
     conversion = conversion_of(idle)
     conversion.check_gradients()
+    if conversion.plan.idle != "rest":
+        raise InputError(
+            "cut loss: it holds tokens that rest to the attention they get; tokens that follow have none, so train "
+            "without it (in fine-tuning: w_cut=0), or convert with idle='rest'"
+        )
     evaluation = _with_cut_loss(idle, conversion.evaluation)
     training = evaluation
     if conversion.training is not conversion.evaluation:
@@ -160,7 +171,8 @@ def rewrite(spelled: fx.GraphModule, plan: Plan, original: fx.GraphModule) -> fx
     Raises:
         PassError: A pass broke a promise; the message names it.
     """
-    return _run(REWRITE, spelled, plan) if any(step.idles for step in plan) else original
+    passes = FOLLOW if plan.idle == "follow" else REST
+    return _run(passes, spelled, plan) if any(step.idles for step in plan) else original
 
 
 def _carry_out(options: PlanOptions, captured: fx.GraphModule) -> Form:
@@ -176,8 +188,7 @@ def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) ->
         return evaluation
     spelled, plan = spell(captured.train_graph), evaluation.plan
     blocks = find_blocks(spelled, options.prefix)
-    same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
-    if not same or not all(blocks[s.block].can_idle for s in plan):
+    if not fits(plan, blocks):
         sizes = sorted({(b.tokens, other.tokens) for b, other in zip(blocks, plan.blocks, strict=False)})
         told = ", ".join(f"{train} tokens instead of {evaluates}" for train, evaluates in sizes if train != evaluates)
         warnings.warn(
@@ -192,7 +203,7 @@ def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) ->
 
 
 def _with_cut_loss(idle: IdleModule, form: Form) -> Form:
-    rewritten = _run(REWRITE_WITH_LOSS, spell(idle, form.source), form.plan)
+    rewritten = _run(REST_WITH_LOSS, spell(idle, form.source), form.plan)
     return replace(form, graph=rewritten.graph)
 
 

@@ -50,6 +50,7 @@ class Block:
         class_token: Position of the class token, if there is one: read by the head, or the only prefix token.
         affine: Whether queries and keys are affine in the normalised input, so that scores are nearly free.
         refusal: Why the block cannot idle; empty if it can.
+        rest_only: Why its idle tokens can rest but not follow; empty if they can do both.
     """
 
     index: int
@@ -70,6 +71,7 @@ class Block:
     class_token: int | None = None
     affine: bool = False
     refusal: str = ""
+    rest_only: str = ""
 
     @property
     def can_idle(self) -> bool:
@@ -129,7 +131,7 @@ class BlockTable(Sequence[Block]):
                 b.heads,
                 b.attention,
                 written(b.macs / 1e9),
-                "yes" if b.can_idle else f"no: {b.refusal}",
+                f"no: {b.refusal}" if b.refusal else f"rest only: {b.rest_only}" if b.rest_only else "yes",
             )
             for b in self.blocks
         ]
@@ -149,6 +151,8 @@ class Step:
         tokens: M, image tokens there are.
         selector: Name of the token score.
         form: "affine" or "keys": how much of the keys the score has to compute; empty for other scores.
+        opens: Whether it is decided anew here which tokens work. Where tokens follow, the blocks of a stage go on with
+            the groups of the block before; the selector is empty there.
     """
 
     block: int
@@ -158,6 +162,7 @@ class Step:
     tokens: int
     selector: str
     form: str = ""
+    opens: bool = True
 
     @property
     def idles(self) -> bool:
@@ -174,12 +179,14 @@ class Plan(Sequence[Step]):
         blocks: The table that the steps refer to.
         reselect: Whether a token that idles may work again in a later block.
         multiple_of: What P + K was rounded up to a multiple of.
+        idle: What idle tokens do: "rest" or "follow".
     """
 
     steps: tuple[Step, ...]
     blocks: BlockTable
     reselect: bool = True
     multiple_of: int = 1
+    idle: str = "rest"
 
     @overload
     def __getitem__(self, index: int) -> Step: ...
@@ -194,13 +201,32 @@ class Plan(Sequence[Step]):
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
 
+    @property
+    def stages(self) -> tuple[tuple[Step, ...], ...]:
+        """The steps in which tokens idle, grouped by where it is decided which of them work."""
+        stages: list[list[Step]] = []
+        for step in self.steps:
+            if step.idles and step.opens:
+                stages.append([step])
+            elif step.idles:
+                stages[-1].append(step)
+        return tuple(map(tuple, stages))
+
     def __str__(self) -> str:
         rows = [
-            (s.block, s.path or "-", f"{s.keep:.3f}", f"{s.kept} of {s.tokens}", s.selector, s.form or "-")
+            (s.block, s.path or "-", f"{s.keep:.3f}", f"{s.kept} of {s.tokens}", s.selector or "-", s.form or "-")
             for s in self.steps
         ]
         head = ["block", "path", "keep", "image tokens kept", "selector", "form"]
         table = tabulate(rows, headers=head, disable_numparse=True)
         if self.multiple_of > 1:
             table += f"\nprefix and kept tokens together are rounded up to a multiple of {self.multiple_of}"
+        if self.idle == "follow":
+            table += f"\n{self.grouping}"
         return table if self.reselect else table + "\na token that idles never works again (reselect=False)"
+
+    @property
+    def grouping(self) -> str:
+        """Where tokens are grouped that follow, in words."""
+        opened = ", ".join(str(stage[0].block) for stage in self.stages)
+        return f"idle tokens follow the worker most like them; grouped at block {opened}" if opened else "none idles"

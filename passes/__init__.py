@@ -7,6 +7,8 @@ runner in `idlefx.pipeline`.
 """
 
 from idlefx.passes.cut_loss import add_cut_loss
+from idlefx.passes.follow import follow_workers
+from idlefx.passes.group import form_groups
 from idlefx.passes.idle import idle_tokens
 from idlefx.passes.lower import lower_spellings
 from idlefx.passes.normalize import normalize_attention
@@ -14,5 +16,6 @@ from idlefx.passes.query import shorten_query
 from idlefx.passes.select import select_tokens
 
 __all__ = [
-    "add_cut_loss", "idle_tokens", "lower_spellings", "normalize_attention", "select_tokens", "shorten_query",
+    "add_cut_loss", "follow_workers", "form_groups", "idle_tokens", "lower_spellings", "normalize_attention",
+    "select_tokens", "shorten_query",
 ]  # fmt: skip

@@ -27,6 +27,8 @@ ODD_WORDS = [
     "--layers", "1", "3", "--keep", "0.5,0.3", "--schedule", "blocks", "--selector", "norm", "--no-reselect",
     "--multiple-of", "8", "--prefix", "0", "2",
 ]  # fmt: skip
+FOLLOWING = PlanOptions([1, 3], [0.5, 0.3], idle="follow")
+FOLLOWING_WORDS = ["--layers", "1", "3", "--keep", "0.5,0.3", "--idle", "follow"]
 
 
 def parsed(command, *words):
@@ -57,7 +59,10 @@ def shown_by(run, *words, capsys):
 @pytest.mark.parametrize("command", LEADING)
 def test_every_option_of_a_plan_can_be_told(command):
     assert planned(command, *ODD_WORDS) == ODD
-    assert all(getattr(ODD, each.name) != each.default for each in fields(PlanOptions)), "some value is its default"
+    assert planned(command, *FOLLOWING_WORDS) == FOLLOWING
+    for each in fields(PlanOptions):
+        told = FOLLOWING if each.name == "idle" else ODD
+        assert getattr(told, each.name) != each.default, "some value is its default"
 
 
 @pytest.mark.parametrize("command", ["convert", "draw", "finetune", "bench"])
@@ -73,6 +78,7 @@ def test_help_names_every_option_of_a_plan_and_what_it_is_by_default(command, ca
     assert code == 0
     for each in fields(PlanOptions):
         assert f"--{each.name.replace('_', '-')} " in told
+    assert "{rest,follow}" in told and "(default: rest)" in told
     assert "{stages,blocks}" in told and "(default: stages)" in told
     assert "(default: 0.7)" in told and "(default: auto)" in told and "(default: True)" in told
     assert "None" not in told and "[]" not in told

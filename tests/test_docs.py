@@ -101,7 +101,7 @@ def sandbox(monkeypatch, tmp_path):
     Image.fromarray(noise).save("photo.jpg")
     monkeypatch.setattr(registry, "RULES", dict(registry.RULES))
     monkeypatch.setattr(selectors, "_REGISTRY", dict(selectors._REGISTRY))
-    for name in ("SPELL", "REWRITE"):
+    for name in ("SPELL", "REST", "FOLLOW"):
         monkeypatch.setattr(pipeline, name, getattr(pipeline, name))
 
 

@@ -10,22 +10,25 @@ import idlefx
 from idlefx import PlanOptions
 from tests.models.small import build
 
-# Every value off its default: an option that is forgotten on some way comes back as something else.
+# Every value off its default in one of them: an option that is forgotten on some way comes back as something else.
 ODD = PlanOptions([1, 3], [0.5, 0.3], "blocks", "norm", False, 8, (0, 2))
+FOLLOWING = PlanOptions([1, 3], 0.5, idle="follow")
 CHANGES = {
     "layers": [2], "keep": 0.25, "schedule": "blocks", "selector": "random", "reselect": False, "multiple_of": 4,
-    "prefix": 1,
+    "prefix": 1, "idle": "follow",
 }  # fmt: skip
 
 
-def test_every_option_of_the_example_is_off_its_default():
+def test_every_option_of_the_examples_is_off_its_default():
     defaults = {each.name: each.default for each in dataclasses.fields(PlanOptions)}
-    assert all(getattr(ODD, name) != default for name, default in defaults.items())
+    for name, default in defaults.items():
+        assert getattr(FOLLOWING if name == "idle" else ODD, name) != default
     assert CHANGES.keys() == defaults.keys()
 
 
-def test_options_survive_json():
-    assert PlanOptions.from_dict(json.loads(json.dumps(ODD.to_dict()))) == ODD
+@pytest.mark.parametrize("options", [ODD, FOLLOWING])
+def test_options_survive_json(options):
+    assert PlanOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -53,6 +56,9 @@ def test_numbers_and_lists_of_other_libraries_become_plain():
         ({"layers": [1], "keep": 0.5, "prefix": "x"}, "prefix='x' is neither"),
         ({"layers": [1], "keep": 0.5, "multiple_of": 2.0}, "multiple_of=2.0 is no whole number"),
         ({"layers": [1], "keep": 0.5, "selector": None}, "selector=None is no name"),
+        ({"layers": [1], "keep": 0.5, "idle": "sleep"}, "unknown idle='sleep'; idle tokens either rest or follow"),
+        ({"layers": [1], "keep": 0.5, "idle": "follow", "selector": "mean"}, "selector='mean' scores tokens that rest"),
+        ({"layers": [1], "keep": 0.5, "idle": "follow", "reselect": False}, "every token is back at the end of its"),
     ],
 )
 def test_what_no_model_could_do_is_refused_without_one(told, words):

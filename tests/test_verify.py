@@ -108,12 +108,12 @@ def test_a_pass_that_raises_is_named_too(monkeypatch):
     def broken(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(pipeline, "REWRITE", (broken,))
+    monkeypatch.setattr(pipeline, "REST", (broken,))
     with pytest.raises(idlefx.PassError, match="in pass broken: ZeroDivisionError: oh"):
         idlefx.convert(build("vit"), [1], 0.5, example_inputs=torch.randn(2, 3, 48, 48))
 
 
-@pytest.mark.parametrize("step", [*pipeline.SPELL, *pipeline.REWRITE], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("step", [*pipeline.SPELL, *pipeline.REST, *pipeline.FOLLOW], ids=lambda f: f.__name__)
 def test_a_pass_with_nothing_to_do_returns_the_same_graph(step):
     module = captured()
     before = str(module.graph)

@@ -117,6 +117,7 @@ class Core:
         transposed: How the keys stand.
         scale: What the logits are multiplied with.
         scalings: Nodes that multiply or divide the logits further: by a number, or by one parameter for each head.
+        softmax: The node of the softmax, where it is spelled out.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Core:
     transposed: bool = False
     scale: float = 1.0
     scalings: tuple[fx.Node, ...] = ()
+    softmax: fx.Node | None = None
 
     def key_layout(self, layout: Layout) -> Layout:
         """The layout of the keys as (…, N, D)."""
@@ -180,7 +182,7 @@ def _spelled_out(softmax: fx.Node, data: set[fx.Node]) -> Core | None:
     (logits,), (out,) = before, after
     scalings = tuple(node for node in softmax.graph.nodes if node in between and _scales(node, data))
     query, key = tensor_argument(logits, 0), tensor_argument(logits, 1)
-    return Core("spelled out", out, query, key, transposed=True, scalings=scalings)
+    return Core("spelled out", out, query, key, transposed=True, scalings=scalings, softmax=softmax)
 
 
 def _scales(node: fx.Node, data: set[fx.Node]) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core, find_cores
+from idlefx.analysis.key_axis import key_axis
 from idlefx.analysis.macs import count_macs
 from idlefx.analysis.prefix_tokens import class_token, named_positions, prefix_positions, read_by_head
 from idlefx.analysis.projections import projection
@@ -156,7 +157,17 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         heads=lay.heads(layout),
         affine=all(_is_affine(walk, core) for core in trunk.cores),
     )
-    return replace(block, refusal=_cannot_be_cut(walk, block))
+    return replace(block, refusal=_cannot_be_cut(walk, block), rest_only=_cannot_follow(walk, trunk.cores))
+
+
+def _cannot_follow(walk: Walk, cores: Iterable[Core]) -> str:
+    """Why no key can stand for several tokens; empty if it can."""
+    try:
+        for core in cores:
+            key_axis(walk, core)
+    except RefusedOperation as refusal:
+        return str(refusal)
+    return ""
 
 
 def _is_affine(walk: Walk, core: Core) -> bool:

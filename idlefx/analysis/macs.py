@@ -11,7 +11,7 @@ from idlefx.errors import BlockError
 from idlefx.graph.equations import read_equation
 from idlefx.graph.queries import source_line
 from idlefx.graph.sizes import ONE_IMAGE, shape_of
-from idlefx.runtime import ops
+from idlefx.runtime import following, ops
 
 aten = torch.ops.aten
 
@@ -57,6 +57,24 @@ def _einsum(node: fx.Node) -> int:
     return total
 
 
+def _logits(node: fx.Node) -> int:
+    return math.prod(_shape(node.args[1]))
+
+
+def _grouping(node: fx.Node) -> int:
+    """The likeness of all tokens to the anchors, and that of the idle ones to the workers."""
+    (_, tokens, width), prefix, kept = _shape(node.args[0]), node.args[2], node.args[3]
+    assert isinstance(prefix, tuple) and isinstance(kept, int)
+    image = tokens - len(prefix)
+    anchors = len(following.anchors(image, kept))
+    return width * (tokens * anchors + (image - kept) * (len(prefix) + kept))
+
+
+def _averages(node: fx.Node) -> int:
+    """The sum of the idle tokens in each group, as a product."""
+    return _size(node) * _shape(node.args[3])[1]
+
+
 def _shape(node: Any) -> list[int]:
     try:
         return shape_of(node, ONE_IMAGE)
@@ -88,6 +106,9 @@ FORMULAS: dict[Any, Callable[[fx.Node], int]] = {
     aten.scaled_dot_product_attention.default: _attention,
     ops.norm_linear: _query,
     ops.score_tokens: _product,
+    ops.sum_over_heads: _logits,
+    following.group_tokens: _grouping,
+    following.average_groups: _averages,
 }
 
 

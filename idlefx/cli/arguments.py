@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from idlefx.cli.parser import CountOrPositions, Numbers, Parser, flag
-from idlefx.options import SCHEDULES, SELECTORS, PlanOptions
+from idlefx.options import IDLES, SCHEDULES, SELECTORS, PlanOptions
 from idlefx.utils.versions import VERSION
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,6 +41,10 @@ PLAN: Mapping[str, Mapping[str, Any]] = {
         "action": CountOrPositions, "nargs": "*", "metavar": "NUMBER",
         "help": "tokens that always work, if they are not found: 2 for the first two, a list such as 0,2 (or 2,) for "
         "those at these positions, nothing for none",
+    },
+    "idle": {
+        "choices": IDLES,
+        "help": "what idle tokens do: rest, unchanged (wants fine-tuning), or follow the worker most like them",
     },
 }  # fmt: skip
 

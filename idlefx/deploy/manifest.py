@@ -78,7 +78,8 @@ def plan_of(facts: Mapping[str, Any]) -> Plan:
     """The plan that `facts_of_plan` told."""
     blocks = tuple(Block(**_with_tuples(block)) for block in facts["blocks"]["blocks"])
     table = BlockTable(blocks, facts["blocks"]["macs"])
-    return Plan(tuple(Step(**step) for step in facts["steps"]), table, facts["reselect"], facts["multiple_of"])
+    steps = tuple(Step(**step) for step in facts["steps"])
+    return Plan(steps, table, facts["reselect"], facts["multiple_of"], facts.get("idle", "rest"))
 
 
 def _with_tuples(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Decide what each block does: options and the blocks of a model become a plan, or a refusal that says why not."""
 
 import math
+from dataclasses import replace
 
 from idlefx.errors import PlanError
 from idlefx.options import AUTO, PlanOptions
@@ -26,7 +27,9 @@ def make_plan(blocks: BlockTable, options: PlanOptions) -> Plan:
         ends = [start for start, _ in shares[1:]] + [len(blocks)]
         shares = [(index, keep) for (start, keep), end in zip(shares, ends, strict=True) for index in range(start, end)]
     steps = tuple(_step(blocks, index, keep, options) for index, keep in shares)
-    plan = Plan(steps, blocks, options.reselect, options.multiple_of)
+    if options.idle == "follow":
+        steps = _in_groups(blocks, steps, options)
+    plan = Plan(steps, blocks, options.reselect, options.multiple_of, options.idle)
     if not options.reselect:
         _check_pruning(plan)
     return plan
@@ -67,10 +70,47 @@ def _step(blocks: BlockTable, index: int, ratio: float, options: PlanOptions) ->
             f"plan: block {index} ({block.path or 'no path'}) cannot idle: {block.refusal}; "
             f"leave it out, or name exact blocks with schedule='blocks':\n{blocks}"
         )
+    if options.idle == "follow" and block.rest_only:
+        raise PlanError(
+            f"plan: the idle tokens of block {index} ({block.path or 'no path'}) can rest but not follow: "
+            f"{block.rest_only}; leave it out with schedule='blocks', or take idle='rest'"
+        )
     name = _resolve(block, options.selector)
     form = ("affine" if block.affine else "keys") if name in LOGITS else ""
     kept = rounded_tokens(kept_tokens(ratio, block.image_tokens), block, options.multiple_of)
     return Step(index, block.path, ratio, kept, block.image_tokens, name, form)
+
+
+def _in_groups(blocks: BlockTable, steps: tuple[Step, ...], options: PlanOptions) -> tuple[Step, ...]:
+    """Tell which blocks go on with the groups of the block before, and which group anew."""
+    grouped: list[Step] = []
+    for step in steps:
+        listed = step.block in options.layers
+        goes_on = not listed and bool(grouped) and continues(blocks, grouped[-1].block, step.block)
+        score = "" if goes_on else "likeness"
+        grouped.append(replace(step, opens=not goes_on, selector=score, form="" if goes_on else step.form))
+    return tuple(grouped)
+
+
+def continues(blocks: BlockTable, before: int, block: int) -> bool:
+    """Whether a block takes up the very stream that the block before leaves, with the same tokens in it."""
+
+    def tokens(b: Block) -> tuple[object, ...]:
+        return b.tokens, b.prefix, b.token_dim, b.batch_dim, b.width
+
+    return (
+        block == before + 1
+        and blocks[block].entry == blocks[before].exit
+        and tokens(blocks[block]) == tokens(blocks[before])
+    )
+
+
+def fits(plan: Plan, blocks: BlockTable) -> bool:
+    """Whether a plan can be carried out on blocks other than those it was made for, such as those of train mode."""
+    same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
+    return same and all(
+        blocks[step.block].can_idle and (step.opens or continues(blocks, step.block - 1, step.block)) for step in plan
+    )
 
 
 def _check_pruning(plan: Plan) -> None:

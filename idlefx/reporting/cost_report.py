@@ -128,7 +128,9 @@ def report(idle: IdleModule, times: str | Path | Sequence[BlockTimes] | None = N
         macs, choosing = block.macs, 0
         if step is not None and step.idles:
             nodes = made_for(graph, block.index)
-            macs, choosing = count_macs(nodes), count_macs(_head(nodes, only_made_for(graph, block.index, "index")))
+            macs = count_macs(nodes)
+            if step.opens:
+                choosing = count_macs(_head(nodes, only_made_for(graph, block.index, "index")))
         kept = step.kept if step is not None else block.image_tokens
         before = after = None
         if tables is not None and block.tokens:

@@ -34,6 +34,7 @@ class Rebuilder:
         mapping: What stands for a node of the region; holds the region's entry from the start.
         prefix: What the copies' names begin with.
         note: What the copies are made for.
+        reads: What was read by position already; the same for several regions with the same tokens.
     """
 
     graph: fx.Graph
@@ -42,7 +43,7 @@ class Rebuilder:
     mapping: dict[fx.Node, fx.Node]
     prefix: str
     note: Made
-    _reads: dict[Any, fx.Node] = field(default_factory=dict)
+    reads: dict[Any, fx.Node] = field(default_factory=dict)
 
     def __call__(self, node: fx.Node) -> fx.Node:
         """The node's copy; a node outside the region stands for itself.
@@ -114,7 +115,7 @@ class Rebuilder:
 
     def _read(self, node: fx.Node, edit: Read) -> fx.Node:
         key = (edit.operand, edit.dims, edit.rank, edit.batch_dim)
-        if key not in self._reads:
+        if key not in self.reads:
             table = edit.operand
             for _ in range(edit.rank - len(table.meta["val"].shape)):
                 table = self._add(aten.unsqueeze.default, table, 0, name="table", like=node)
@@ -124,8 +125,8 @@ class Rebuilder:
                     index = self._add(aten.repeat_interleave.self_int, index, edit.copies, 0, name="copies", like=node)
                 where = (table, index, dim, edit.batch_dim)
                 table = self._add(gather_scatter.take_tokens, *where, name="read", like=node)
-            self._reads[key] = table
-        return self._reads[key]
+            self.reads[key] = table
+        return self.reads[key]
 
     def _index(self, node: fx.Node, runs: Runs) -> fx.Node:
         """Where the tokens that are there stand along an axis made of `runs`, (B, n)."""

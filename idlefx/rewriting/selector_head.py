@@ -33,6 +33,12 @@ from idlefx.runtime import ops
 
 aten = torch.ops.aten
 
+_PRODUCTS = (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.mm.default)
+_STATISTICS = (
+    aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim, aten.var.correction, aten.var.dim,
+    aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.std.correction, aten.std.dim,
+)  # fmt: skip
+
 
 class Head:
     """The selector head of one block, built at the graph's insertion point."""
@@ -81,15 +87,19 @@ class Head:
 
     def _evidence(self, name: str, selector: str) -> Any:
         if name == "x":
-            order = (self.block.batch_dim, self.block.token_dim)
-            rest = next(d for d in range(3) if d not in order)
-            x = self.opened.entry
-            return x if (*order, rest) == (0, 1, 2) else self.add(aten.permute.default, x, [*order, rest], name="x")
+            return self._tokens_first(self.opened.entry)
         if name == "query":
             return self._query(selector)
         if name in ("q", "k"):
             return self._heads(self.all_tokens, keys=name == "k")
         return {"prefix": self.block.prefix, "block": self.block.index}[name]
+
+    def _tokens_first(self, stream: fx.Node) -> fx.Node:
+        """Something laid out as the stream, as (B, N, C)."""
+        order = (self.block.batch_dim, self.block.token_dim)
+        rest = next(d for d in range(3) if d not in order)
+        straight = (*order, rest) == (0, 1, 2)
+        return stream if straight else self.add(aten.permute.default, stream, [*order, rest], name="x")
 
     def _query(self, selector: str) -> fx.Node:
         position = self.block.class_token
@@ -97,10 +107,17 @@ class Head:
             return self.add(
                 ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.block.prefix, 2, name="query"
             )
-        if self._is_nested():
-            everyone = self._heads(self.all_tokens, keys=False)
-            return self.add(aten.slice.Tensor, everyone, 2, position, position + 1, name="query")
-        return self._heads(self._class_token, keys=False)
+        queries = [self._class_query(core) for core in self.opened.cores]
+        return queries[0] if len(queries) == 1 else self.add(aten.cat.default, queries, 1, name="heads")
+
+    def _class_query(self, core: Core) -> fx.Node:
+        """The class token's query in one core (B, H, 1, D)."""
+        position = self.block.class_token
+        assert position is not None
+        if not self._is_nested():
+            return self.heads_of(core, self._class_token, keys=False)
+        everyone = self.heads_of(core, self.all_tokens, keys=False)
+        return self.add(aten.slice.Tensor, everyone, 2, position, position + 1, name="query")
 
     @cached_property
     def _class_token(self) -> Rebuilder:
@@ -190,16 +207,53 @@ class Head:
         return self.add(aten.flatten.using_ints, node, 1, rank - 3, name="heads") if rank > 4 else node
 
     def _affine(self, selector: str) -> fx.Node:
+        sums = [self._sum_over_heads(core, selector) for core in self.opened.cores]
+        return self.add(ops.mean_over_heads, sums, self.head_count, name="scores")
+
+    def _sum_over_heads(self, core: Core, selector: str) -> fx.Node:
+        """Logits of one query on all tokens (B, N), up to a factor and a constant, summed over the heads of a core."""
+        query, key = self.projections(core)
+        given, weight, bias = self.weights(query)
+        one = self._one_token(given, self._token_dim(query), selector)
+        one = self.add(aten.linear.default, one, weight, bias, name="query", role="query")
+        _, weight, _ = self.weights(key)
+        direction = self.add(aten.matmul.default, one, weight, name="direction")
+        return self.add(ops.score_tokens, self.tokens(key), direction, name="sums")
+
+    def class_logits(self) -> fx.Node | None:
+        """Logits of the class token on all tokens (B, N), the mean over heads, scaled as in their attention.
+
+        They are right up to a constant, and without what attention multiplies them with further, such as a learned
+        temperature. None where there is no class token.
+        """
+        if self.block.class_token is None:
+            return None
         sums = []
         for core in self.opened.cores:
-            query, key = self.projections(core)
-            given, weight, bias = self.weights(query)
-            one = self._one_token(given, self._token_dim(query), selector)
-            one = self.add(aten.linear.default, one, weight, bias, name="query", role="query")
-            _, weight, _ = self.weights(key)
-            direction = self.add(aten.matmul.default, one, weight, name="direction")
-            sums.append(self.add(ops.score_tokens, self.tokens(key), direction, name="sums"))
-        return self.add(ops.mean_over_heads, sums, self.head_count, name="scores")
+            if self.block.affine:
+                query, key = self.projections(core)
+                total, factor = self._sum_over_heads(core, "class"), core.scale * query.factor * key.factor
+            else:
+                one, keys = self._class_query(core), self.heads_of(core, self.all_tokens, keys=True)
+                total, factor = self.add(ops.sum_over_heads, one, keys, name="sums"), core.scale
+            sums.append(self.add(aten.mul.Tensor, total, factor, name="scaled"))
+        return self.add(ops.mean_over_heads, sums, self.head_count, name="logits")
+
+    def normalised_input(self) -> fx.Node:
+        """What the attention projects, if a norm in front of it made that of the stream; else the stream (B, N, C).
+
+        A norm is any statistic over features, whether it is one operation or spelled out.
+        """
+        entry, first = self.opened.entry, self.opened.cores[0].query
+        chain = [node for node in self.opened.dominators(first) if node is not entry]
+        product = next((node for node in reversed(chain) if node.target in _PRODUCTS), None)
+        norm = product.args[0] if product is not None else entry
+        assert isinstance(norm, fx.Node)
+        between = region(self.opened.flow, entry, norm) if norm is not entry else []
+        normalised = any(node.target in _STATISTICS for node in between)
+        same = norm in self.walk and self.walk[norm] == self.walk[entry]
+        stream = self.all_tokens(norm) if normalised and same else entry
+        return self._tokens_first(stream)
 
     @property
     def head_count(self) -> int:

@@ -22,7 +22,7 @@ def take_tokens(x: Tensor, index: Tensor, dim: int = 1, batch_dim: int = 0) -> T
     full[batch_dim] = index.shape[0]
     x = x.expand(full)
     if {dim, batch_dim} == {0, 1}:
-        return _apply(_Take, x, index, dim)
+        return with_gradient(_Take, x, index, dim)
     shape = list(full)
     shape[dim] = index.shape[1]
     where = index if batch_dim < dim else index.t()
@@ -55,14 +55,17 @@ def put_tokens(
         count = index.shape[1]
         place = torch.full((index.shape[0], x.shape[dim]), count, device=index.device)
         place = place.scatter(1, index, torch.arange(count, device=index.device).expand_as(index))
-    return _apply(_Put, x, index, tokens.to(x.dtype), place, dim)
+    return with_gradient(_Put, x, index, tokens.to(x.dtype), place, dim)
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Without the machinery for gradients where none is wanted: it takes longer than the tokens of one image."""
+def with_gradient(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Apply a function with a backward of its own, and in eager mode with derivatives in forward mode.
+
+    It goes without the machinery for gradients where none is wanted: that takes longer than the tokens of one image.
+    """
     if not torch.is_grad_enabled():
         return function.forward(*args)
-    return function.apply(*args) if torch.compiler.is_compiling() else _FORWARD_MODE[function].apply(*args)
+    return function.apply(*args) if torch.compiler.is_compiling() else IN_EAGER[function].apply(*args)
 
 
 class _Take(torch.autograd.Function):
@@ -72,7 +75,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, index: Tensor, dim: int) -> Tensor:
-        return _rows(x, index, dim)
+        return rows(x, index, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -95,7 +98,7 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, index: Tensor, tokens: Tensor, place: Tensor, dim: int) -> Tensor:
         count = index.shape[1]
-        worked = _rows(tokens, place.clamp(max=count - 1), dim)
+        worked = rows(tokens, place.clamp(max=count - 1), dim)
         works = (place < count).t() if dim == 0 else place < count
         return torch.where(works.reshape(*works.shape, *(1 for _ in x.shape[2:])), worked, x)
 
@@ -128,14 +131,14 @@ class _PutInEager(_Put):
         return put_tokens(x, index, tokens, ctx.dim, 1 - ctx.dim, place)
 
 
-_FORWARD_MODE: dict[type[torch.autograd.Function], type[torch.autograd.Function]] = {
-    _Take: _TakeInEager,
-    _Put: _PutInEager,
-}
-
-
-def _rows(x: Tensor, index: Tensor, dim: int) -> Tensor:
+def rows(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """The entries of each image along `dim`, the other of the first two dimensions being the batch."""
     image = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
     where = [image, index] if dim == 1 else [index.t(), image.t()]
     return torch.ops.aten._unsafe_index.Tensor(x, where)  # no check: it costs an assertion on a GPU
+
+
+IN_EAGER: dict[type[torch.autograd.Function], type[torch.autograd.Function]] = {
+    _Take: _TakeInEager,
+    _Put: _PutInEager,
+}

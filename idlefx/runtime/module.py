@@ -227,7 +227,9 @@ def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.T
         By block index, the positions (B, P + K) of prefix and kept image tokens, ascending.
     """
     idle = converted(idle)
-    wanted = {s.block: only_made_for(idle.graph, s.block, "index") for s in conversion_of(idle).plan if s.idles}
+    stages = conversion_of(idle).plan.stages
+    opened = {stage[0].block: only_made_for(idle.graph, stage[0].block, "index") for stage in stages}
+    wanted = {step.block: opened[stage[0].block] for stage in stages for step in stage}
     recorder = _Recorder(idle, set(wanted.values()))
     flat = conversion_of(idle).calls.flat(args, kwargs)
     with torch.no_grad():

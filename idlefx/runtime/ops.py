@@ -71,8 +71,8 @@ def choose_tokens(
     if among is not None:
         scores = _ranks(scores, among)
     # Everything is a sort, a scan or pointwise over whole rows, so that a compiler makes one kernel of it.
-    order, count = _descending(scores), scores.shape[1]
-    fixed = _are_prefix(order, prefix)
+    order, count = descending(scores), scores.shape[1]
+    fixed = are_prefix(order, prefix)
     works = fixed | ((1 - fixed.to(order.dtype)).cumsum(1) <= kept)
     order = torch.where(works, order, order + count).sort(dim=1).values
     return order.narrow(1, 0, len(prefix) + kept), (order % count).argsort(dim=1)
@@ -145,6 +145,11 @@ def score_tokens(tokens: Tensor, direction: Tensor) -> Tensor:
     return (tokens * direction.unsqueeze(1)).sum(2, dtype=precision)
 
 
+def sum_over_heads(query: Tensor, keys: Tensor) -> Tensor:
+    """Raw logits (B, N) of one query (B, H, 1, D) on keys (B, H, N, D), summed over heads."""
+    return (query @ keys.transpose(-1, -2)).sum(dim=1).squeeze(1)
+
+
 def mean_over_heads(sums: list[Tensor], heads: int) -> Tensor:
     """The mean over heads of scores (B, N), of which there is the sum over the heads of each attention."""
     return reduce(add, sums) / heads
@@ -174,16 +179,18 @@ def _roles(scores: Tensor, prefix: tuple[int, ...], among: Tensor | None) -> Ten
     """For each token whether it never works (0), may work (1) or always works (2), (B, N)."""
     free = torch.zeros_like(scores, dtype=torch.int8)
     free = free + 1 if among is None else free.scatter(1, among, 1)
-    return torch.where(_are_prefix(torch.arange(scores.shape[1], device=scores.device), prefix), 2, free)
+    return torch.where(are_prefix(torch.arange(scores.shape[1], device=scores.device), prefix), 2, free)
 
 
-def _are_prefix(positions: Tensor, prefix: tuple[int, ...]) -> Tensor:
+def are_prefix(positions: Tensor, prefix: tuple[int, ...]) -> Tensor:
+    """Which positions are those of prefix tokens."""
     if _leads(prefix):
         return positions < len(prefix)
     return reduce(or_, (positions == p for p in prefix))
 
 
-def _descending(scores: Tensor) -> Tensor:
+def descending(scores: Tensor) -> Tensor:
+    """Positions (B, N) in the order of falling scores, of equal ones the lower position first."""
     if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK gives ties to the lower position
         return scores.topk(scores.shape[1], dim=1).indices
     return scores.argsort(dim=1, descending=True, stable=True)
@@ -191,7 +198,7 @@ def _descending(scores: Tensor) -> Tensor:
 
 def _ranks(scores: Tensor, among: Tensor) -> Tensor:
     """Scores that order as before, those of tokens to choose from above all others, whatever they were."""
-    rank = _descending(scores).argsort(dim=1)
+    rank = descending(scores).argsort(dim=1)
     allowed = torch.zeros_like(rank).scatter(1, among, scores.shape[1])
     return allowed - rank
 

@@ -1,0 +1,58 @@
+"""Where in the logits of an attention its keys stand, so that a term for each key can be added."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.attention import Core
+from idlefx.analysis.refusal import refuse
+from idlefx.analysis.walk import Walk, dimension
+from idlefx.graph.queries import argument
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class KeyAxis:
+    """Where the keys and the batch stand in logits.
+
+    Attributes:
+        logits: The node that takes the logits: the attention, or its softmax where it is spelled out.
+        rank: How many dimensions the logits have.
+        dim: That of the keys.
+        batch_dim: That of the batch.
+        copies: How many entries of it belong to one image, where heads are merged into the batch.
+    """
+
+    logits: fx.Node
+    rank: int
+    dim: int
+    batch_dim: int
+    copies: int
+
+
+def key_axis(walk: Walk, core: Core) -> KeyAxis:
+    """Find the keys in the logits of an attention.
+
+    Raises:
+        RefusedOperation: A key is not one token of the sequence, or the attention takes no term for each key.
+    """
+    node = core.softmax or core.out
+    if core.softmax is not None:
+        layout = walk[node.args[0]]
+        dim = dimension(node, node.args[1], len(layout))
+    else:
+        layout = (*walk[core.query][:-1], walk[core.key][-2])
+        dim = len(layout) - 1
+        if argument(node, 5, "is_causal", False):
+            refuse(node, "is causal, and takes no other mask, so no key can stand for several tokens")
+    keys = layout[dim]
+    whole = lay.is_tokens(keys) and keys[0].runs == ((0, keys[0].size),)
+    if not whole:
+        refuse(node, "attends to a part of the tokens or in another order, so no key can stand for several tokens")
+    batch_dim = next((d for d, each in enumerate(layout) if each and each[0].role == "batch"), None)
+    if batch_dim is None or lay.has(layout[batch_dim], "tokens"):
+        refuse(node, "has no axis for the images in its logits, so no key can stand for several tokens")
+    return KeyAxis(node, len(layout), dim, batch_dim, lay.size(layout[batch_dim][1:]))

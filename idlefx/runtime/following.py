@@ -1,0 +1,189 @@
+"""Let idle tokens follow: group tokens that are alike, average the groups, and hand back what became of them.
+
+A group is one token that works and the idle ones that follow it. In a stage of N tokens, W work and I = N - W idle.
+"""
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idlefx.runtime.gather_scatter import IN_EAGER, rows, take_tokens, with_gradient
+from idlefx.runtime.ops import are_prefix, descending
+
+GOLDEN = 0.6180339887498949  # fractional parts of its multiples are spread evenly
+ATTENDED = 0.1  # how much redundancy a token loses that the class token attends to as much as to the mean one
+
+
+@cache
+def anchors(tokens: int, kept: int) -> tuple[int, ...]:
+    """Ranks among M image tokens of those that always work, spread evenly without knowing the grid.
+
+    Of all ranks r those `min(⌈M / 6⌉, ⌈K / 3⌉)` with the smallest fractional part of r times the golden ratio.
+    """
+    count = min(math.ceil(tokens / 6), math.ceil(kept / 3))
+    return tuple(sorted(sorted(range(tokens), key=lambda rank: rank * GOLDEN % 1)[:count]))
+
+
+def group_tokens(x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the tokens that work, and for each other one the worker that it follows.
+
+    Those image tokens idle that are most redundant: most like an anchor by cosine, and little attended to by the class
+    token. Each follows the image worker with the largest cosine to it. A tie goes to the lower position. No gradient
+    flows through the choice.
+
+    Args:
+        x: What the likeness is of (B, N, C).
+        logits: Logits of the class token (B, N), scaled as in its attention and up to a constant; None without one.
+        prefix: Positions of the P prefix tokens, which work and are followed by nobody.
+        kept: K, how many image tokens work; W = P + K.
+
+    Returns:
+        Positions of the workers, ascending (B, W); for each token the place of its worker among these (B, N); and the
+        positions of the idle tokens, ascending (B, I).
+    """
+    precision = torch.promote_types(x.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        unit = torch.nn.functional.normalize(x.to(precision), dim=-1)
+        count, device = x.shape[1], x.device
+        image = [p for p in range(count) if p not in prefix]
+        spread = [image[rank] for rank in anchors(len(image), kept)]
+        working = torch.tensor([p in prefix or p in spread for p in range(count)], device=device)
+        likeness = (unit @ unit[:, torch.tensor(spread, device=device)].mT).amax(-1)
+        redundancy = likeness
+        if logits is not None:
+            attention = logits.to(precision).masked_fill(working, -math.inf).softmax(-1)
+            redundancy = likeness - ATTENDED * attention * (len(image) - len(spread))
+        order = descending(redundancy.masked_fill(working, -math.inf))
+        idle = len(image) - kept
+        order = torch.where(torch.arange(count, device=device) < idle, order + count, order).sort(dim=1).values
+        workers, idlers = order[:, : count - idle], order[:, count - idle :] - count
+        cosines = take_tokens(unit, idlers) @ take_tokens(unit, workers).mT
+        cosines = cosines.masked_fill(are_prefix(workers, prefix).unsqueeze(1), -math.inf)
+        own = torch.arange(count - idle, device=device).expand(x.shape[0], -1)
+        place = torch.cat([own, cosines.argmax(-1)], 1).gather(1, (order % count).argsort(dim=1))
+    return workers, place, idlers
+
+
+def group_sizes(place: Tensor, workers: Tensor) -> Tensor:
+    """How many tokens each worker stands for, itself included (B, W)."""
+    slots = torch.arange(workers.shape[1], device=place.device)
+    return (place.unsqueeze(1) == slots.unsqueeze(1)).sum(-1)
+
+
+def average_groups(
+    x: Tensor, workers: Tensor, place: Tensor, idlers: Tensor, sizes: Tensor, dim: int = 1, batch_dim: int = 0
+) -> Tensor:
+    """The mean of each group of tokens.
+
+    Args:
+        x: All tokens along `dim`, such as (B, N, C).
+        workers: Positions (B, W).
+        place: For each token the place of its worker (B, N).
+        idlers: Positions of the idle tokens (B, I).
+        sizes: How many tokens each group has (B, W).
+        dim: The token dimension.
+        batch_dim: The batch dimension.
+
+    Returns:
+        `x` with W entries along `dim`, summed in single precision or better.
+    """
+    full = list(x.shape)
+    full[batch_dim] = place.shape[0]
+    tokens = x.expand(full).movedim((batch_dim, dim), (0, 1))
+    means = _sums(tokens, workers, place, idlers) / sizes.unsqueeze(-1)
+    return means.to(x.dtype).movedim((0, 1), (batch_dim, dim))
+
+
+def size_term(sizes: Tensor, like: Tensor, rank: int, dim: int, batch_dim: int, copies: int = 1) -> Tensor:
+    """What is added to the logits of a key that stands for several: the logarithm of how many.
+
+    Args:
+        sizes: How many tokens each key stands for (B, W).
+        like: Queries, whose type it has.
+        rank: Of the logits.
+        dim: Their dimension of the keys.
+        batch_dim: Their dimension of the batch.
+        copies: How many entries of that dimension belong to one image, where heads are merged into the batch.
+    """
+    shape = [1] * rank
+    shape[batch_dim], shape[dim] = -1, sizes.shape[1]
+    term = sizes.to(torch.promote_types(like.dtype, torch.float32)).log().to(like.dtype)
+    return (term if copies == 1 else term.repeat_interleave(copies, 0)).reshape(shape)
+
+
+def add_to_mask(mask: Tensor, term: Tensor) -> Tensor:
+    """A mask of attention, boolean or added to the logits, with a term that is added."""
+    return torch.where(mask, term, -math.inf) if mask.dtype is torch.bool else mask + term
+
+
+def restore_tokens(
+    x: Tensor,
+    before: Tensor,
+    after: Tensor,
+    workers: Tensor,
+    place: Tensor,
+    idlers: Tensor,
+    dim: int = 1,
+    batch_dim: int = 0,
+) -> Tensor:
+    """Let every token take over what the blocks added to the mean of its group.
+
+    Args:
+        x: All tokens as they went in, such as (B, N, C).
+        before: The means of the groups, as they went in, such as (B, W, C).
+        after: The same as they came out.
+        workers: Positions (B, W).
+        place: For each token the place of its worker (B, N).
+        idlers: Positions of the idle tokens (B, I).
+        dim: The token dimension of the first three.
+        batch_dim: Their batch dimension.
+    """
+    tokens, means, results = (t.movedim((batch_dim, dim), (0, 1)) for t in (x, before, after))
+    precision = torch.promote_types(x.dtype, torch.float32)
+    update = with_gradient(_Spread, results.to(precision) - means.to(precision), workers, place, idlers)
+    return (tokens + update).to(x.dtype).movedim((0, 1), (batch_dim, dim))
+
+
+def _sums(x: Tensor, workers: Tensor, place: Tensor, idlers: Tensor) -> Tensor:
+    """The sum of each group (B, W, C), by a product instead of atomic additions, so that it is always the same."""
+    precision = torch.promote_types(x.dtype, torch.float32)
+    slots = torch.arange(workers.shape[1], device=x.device)
+    follows = slots.unsqueeze(1) == place.gather(1, idlers).unsqueeze(1)
+    with torch.autocast(x.device.type, enabled=False):
+        return take_tokens(x, workers) + follows.to(precision) @ take_tokens(x, idlers).to(precision)
+
+
+class _Spread(torch.autograd.Function):
+    """Gives each token the row of its worker; the gradient of a row is the sum over its group."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(update: Tensor, workers: Tensor, place: Tensor, idlers: Tensor) -> Tensor:
+        return rows(update, place, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *groups = inputs
+        ctx.save_for_backward(*groups)
+        ctx.save_for_forward(*groups)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        workers, place, idlers = ctx.saved_tensors
+        return _sums(grad, workers, place, idlers).to(grad.dtype), None, None, None
+
+
+class _SpreadInEager(_Spread):
+    """With derivatives in forward mode, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, update: Tensor, *_: Any) -> Tensor:
+        _, place, _ = ctx.saved_tensors
+        return rows(update, place, 1)
+
+
+IN_EAGER[_Spread] = _SpreadInEager

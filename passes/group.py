@@ -1,0 +1,33 @@
+"""Group tokens that are alike at the start of every stage whose idle tokens follow.
+
+1. The block that opens a stage gets the positions of its workers (B, W), for every token the place of its worker among
+   them (B, N), the positions of the tokens that idle (B, I) and the sizes of the groups (B, W); notes tell them.
+2. Likeness is taken on what the block's attention projects; what the class token attends to is less likely to idle.
+3. Nothing reads the groups yet, so nothing changes.
+"""
+
+import operator
+
+from torch import fx
+
+from idlefx.analysis.blocks import open_block
+from idlefx.records import Plan
+from idlefx.rewriting.selector_head import Head
+from idlefx.runtime import following
+
+
+def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+    """Insert the groups of the plan's stages."""
+    graph = module.graph
+    for step, *_ in plan.stages:
+        block = plan.blocks[step.block]
+        opened = open_block(graph, block)
+        with graph.inserting_before(opened.exit):
+            head = Head(graph, block, opened)
+            evidence = (head.normalised_input(), head.class_logits(), block.prefix, step.kept)
+            groups = head.add(following.group_tokens, *evidence, name="groups", role="choice")
+            workers = head.add(operator.getitem, groups, 0, name="index", role="index")
+            place = head.add(operator.getitem, groups, 1, name="place", role="place")
+            head.add(operator.getitem, groups, 2, name="followers", role="followers")
+            head.add(following.group_sizes, place, workers, name="sizes", role="sizes")
+    return module
