@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import idlefx
 from idlefx.demo.scenes import CLASSES
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 
 WIDTH, HEADS, DEPTH, GRID, PATCH, REGISTERS = 96, 4, 6, 7, 16, 2
 

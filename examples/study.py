@@ -24,7 +24,7 @@ from tqdm import tqdm
 from idlefx import IdleModule, convert
 from idlefx.demo.glyphs import Glyphs
 from idlefx.demo.model import glyph_vit
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from idlefx.training.config import Settings
 from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import finetune

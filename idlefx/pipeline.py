@@ -27,6 +27,7 @@ from idlefx.passes import (
 from idlefx.planning.schedule import fits, make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.rewriting.verify import promise_of, verify
+from idlefx.runtime import weights
 from idlefx.runtime.answers import answers_of
 from idlefx.runtime.call_checks import checks_of
 from idlefx.runtime.conversion import Conversion, Form
@@ -104,6 +105,7 @@ def convert(
         checks_of(captured.model.forward, captured.eval_graph.graph),
         answers_of(captured.model),
         captured.custom_gradient,
+        weights.sample(captured.model),
     )
     if captured.training:
         conversion.check_gradients()

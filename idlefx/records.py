@@ -221,7 +221,7 @@ class Plan(Sequence[Step]):
         table = tabulate(rows, headers=head, disable_numparse=True)
         if self.multiple_of > 1:
             table += f"\nprefix and kept tokens together are rounded up to a multiple of {self.multiple_of}"
-        if self.idle == "follow":
+        if self.idle == "follow" and self.stages:
             table += f"\n{self.grouping}"
         return table if self.reselect else table + "\na token that idles never works again (reselect=False)"
 
@@ -229,4 +229,4 @@ class Plan(Sequence[Step]):
     def grouping(self) -> str:
         """Where tokens are grouped that follow, in words."""
         opened = ", ".join(str(stage[0].block) for stage in self.stages)
-        return f"idle tokens follow the worker most like them; grouped at block {opened}" if opened else "none idles"
+        return f"idle tokens follow the worker most like them; they are grouped anew at block {opened}"

@@ -52,10 +52,7 @@ def _pair(head: Head, core: Core, affine: bool) -> tuple[fx.Node, fx.Node]:
     if not affine:
         queries, keys = (head.heads_of(core, head.all_tokens, keys=keys) for keys in (False, True))
         queries = head.add(aten.mul.Tensor, queries, core.scale / head.head_count, name="cut_scaled", role="cut loss")
-        for node in core.scalings:
-            factors = [queries if operand in head.walk else operand for operand in node.args]
-            queries = head.add(node.target, *factors, name="cut_scaled", role="cut loss")
-        return _flat(head, queries), _flat(head, keys)
+        return _flat(head, head.scaled(core, queries, "cut loss")), _flat(head, keys)
     query, key = head.projections(core)
     scale = core.scale * query.factor * key.factor / head.head_count
     (_, to_query, bias), (_, to_key, _) = head.weights(query), head.weights(key)

@@ -12,6 +12,7 @@ from torch import fx
 
 from idlefx.analysis.blocks import open_block
 from idlefx.records import Plan
+from idlefx.rewriting.likeness import class_logits, normalised_input
 from idlefx.rewriting.selector_head import Head
 from idlefx.runtime import following
 
@@ -24,7 +25,7 @@ def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         opened = open_block(graph, block)
         with graph.inserting_before(opened.exit):
             head = Head(graph, block, opened)
-            evidence = (head.normalised_input(), head.class_logits(), block.prefix, step.kept)
+            evidence = (normalised_input(head), class_logits(head), block.prefix, step.kept)
             groups = head.add(following.group_tokens, *evidence, name="groups", role="choice")
             workers = head.add(operator.getitem, groups, 0, name="index", role="index")
             place = head.add(operator.getitem, groups, 1, name="place", role="place")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import idlefx
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from idlefx.zoo import reference as zoo
 from tests.models.generated import Config, inputs
 from tests.models.generated import build as build_generated

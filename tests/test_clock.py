@@ -11,7 +11,7 @@ from idlefx import __main__ as shell
 from idlefx.bench.block_latency import measure_times, token_counts
 from idlefx.errors import InputError, PlanError
 from idlefx.reporting.latency import BlockTimes, read_times, size_of, times_to_json
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import build, images
 from tests.support.cases import Case, convert, converted
 

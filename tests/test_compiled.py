@@ -9,7 +9,7 @@ from torch import nn
 
 import idlefx
 from idlefx.deploy.program import make_program
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import build, images
 from tests.support.messages import refusal, says
 

@@ -8,7 +8,7 @@ import idlefx
 from idlefx.capture.export import capture
 from idlefx.pipeline import spell
 from idlefx.records import Step
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import DEPTH, build_mixing, image_tokens, images
 from tests.support.cases import (
     Case,

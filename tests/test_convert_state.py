@@ -8,7 +8,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import idlefx
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import DROPOUTS, MODELS, build, fingerprint, image_tokens, images
 from tests.support.cases import (
     Case,

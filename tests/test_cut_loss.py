@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import idlefx
 from idlefx.runtime import cut_loss
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models import generated
 from tests.models.generated.config import Config
 from tests.models.small import DEPTH, MODELS, Spec, build, images

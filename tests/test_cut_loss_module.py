@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import idlefx
 from idlefx.graph.sizes import number
 from idlefx.runtime import cut_loss
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import DROPOUTS, SMALL, Wrapper, build, image_tokens, images
 from tests.oracles import masked
 from tests.support.cases import Case, convert, same_selections

@@ -15,7 +15,7 @@ from PIL import Image
 import idlefx
 from examples import figure, in_house, quickstart, study, train_glyphs
 from idlefx.demo.model import GLYPH_VIT, glyph_vit
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.support.documents import ROOT
 
 

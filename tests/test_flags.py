@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import idlefx
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import build, images
 
 

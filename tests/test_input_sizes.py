@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import idlefx
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import build, images
 
 OTHER_SHAPE = r"^input: `x` has shape \(2, 3, 48, 64\), but the model was traced for \(batch, 3, 64, 48\); bring it to"

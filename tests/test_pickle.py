@@ -11,7 +11,8 @@ from torch.fx.graph import CodeGen
 
 import idlefx
 from idlefx.graph.storage import Operator, StoredGraph, StoredNode, restore
-from idlefx.runtime.module import IdleModule, selections
+from idlefx.runtime.module import IdleModule
+from idlefx.runtime.selections import selections
 from tests.models.small import DROPOUTS, Wrapper, build, images
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import idlefx
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import build, images
 from tests.oracles import reference
 

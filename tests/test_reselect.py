@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import idlefx
 from idlefx import __main__ as shell
-from idlefx.runtime.module import selections
 from idlefx.runtime.ops import choose_tokens
+from idlefx.runtime.selections import selections
 from tests.models import generated
 from tests.models.generated.config import Config
 from tests.models.small import MODELS, build, images

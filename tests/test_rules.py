@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import idlefx
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import build, images, randomise
 from tests.oracles import reference
 from tests.support.messages import says

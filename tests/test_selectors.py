@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import idlefx
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import DEPTH, MODELS, build, image_tokens, images
 from tests.support.cases import Case, convert, converted, random_case, relative_error, same_selections, wanted
 

@@ -12,6 +12,7 @@ from idlefx.graph.notes import made_for, only_made_for
 from idlefx.records import written
 from idlefx.reporting.latency import BlockTimes, read_times, times_for
 from idlefx.runtime.module import IdleModule, conversion_of, converted
+from idlefx.runtime.weights import unchanged
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Report:
         parameters: Parameters of the model; the conversion adds none.
         batch_free: Whether the batch size is free.
         clock: Where, how and for which batch size times are predicted; empty if they are not.
+        meanwhile: What idle tokens do, and what that asks of the user; empty if there is nothing to say.
     """
 
     blocks: tuple[BlockReport, ...]
@@ -62,6 +64,7 @@ class Report:
     parameters: int
     batch_free: bool
     clock: str = ""
+    meanwhile: str = ""
 
     @property
     def ratio(self) -> float:
@@ -96,7 +99,9 @@ class Report:
         )
         if self.clock:
             text += f"\nms: predicted for the blocks, choosing and gathering not counted; {self.clock}"
-        return text if self.batch_free else text + "\nthe batch size is fixed to the example's by the model's own code"
+        if not self.batch_free:
+            text += "\nthe batch size is fixed to the example's by the model's own code"
+        return f"{text}\n{self.meanwhile}" if self.meanwhile else text
 
 
 def _millions(count: int) -> str:
@@ -146,7 +151,19 @@ def report(idle: IdleModule, times: str | Path | Sequence[BlockTimes] | None = N
     dense = conversion.blocks.macs / 1e9
     total = dense + sum(row.idle_gmacs - row.dense_gmacs for row in rows)
     parameters = sum(parameter.numel() for parameter in idle.parameters())
-    return Report(tuple(rows), dense, total, parameters, conversion.batch_free, machine)
+    return Report(tuple(rows), dense, total, parameters, conversion.batch_free, machine, _meanwhile(idle))
+
+
+def _meanwhile(idle: IdleModule) -> str:
+    """What idle tokens do; for those that rest only as long as nobody has trained the model for it."""
+    conversion = conversion_of(idle)
+    if not conversion.plan.stages:
+        return ""
+    if conversion.plan.idle == "follow":
+        return conversion.plan.grouping
+    if unchanged(idle, conversion.weights):
+        return "idle tokens rest, which wants fine-tuning (python -m idlefx.finetune); idle='follow' needs none"
+    return ""
 
 
 def _head(nodes: list[fx.Node], index: fx.Node) -> list[fx.Node]:

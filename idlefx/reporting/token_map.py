@@ -1,4 +1,4 @@
-"""Pictures of what works and what idles: working patches in colour, idle ones faded."""
+"""Pictures of what works and what idles: working patches as they are, idle ones faded or in their worker's colour."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from idlefx.errors import InputError
 from idlefx.reporting.images import Photo, Pixels, read_images
-from idlefx.runtime.module import IdleModule, conversion_of, selections
+from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.runtime.selections import groups
 from idlefx.utils.files import whole_file
 
-Grid = NDArray[np.bool_]
+Grid = NDArray[np.int64]
 
 FORMATS = ("png", "pdf", "svg")
 DPI = 300
@@ -36,15 +37,19 @@ class TokenMap:
 
     Attributes:
         pixels: (height, width, 3), between 0 and 1.
-        works: For each idling block, its grid of patches (rows, columns), true where a patch works.
+        workers: For each idling block, its grid of patches (rows, columns), each with the number of the one that works
+            for it: its own where it works, -1 where it rests.
     """
 
     pixels: Pixels
-    works: dict[int, Grid]
+    workers: dict[int, Grid]
 
 
 def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str | Path) -> Path:
-    """Draw which patches of each image work in each idling block.
+    """Draw which patches of each image work in each idling block, and what the others do.
+
+    Where tokens rest, idle patches are grey and pale. Where they follow, each is in the mean colour of its worker, and
+    a line runs around those that go together.
 
     Args:
         idle: The converted model.
@@ -68,21 +73,23 @@ def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str |
     with whole_file(target) as partial:
         samples = read_images(images, conversion_of(idle).facts)
         bar = tqdm(samples, desc="draw", unit="image", delay=2, leave=False)
-        rows = [TokenMap(pixels, _works(idle, batch)) for pixels, batch in bar]
+        rows = [TokenMap(pixels, _workers(idle, batch)) for pixels, batch in bar]
         if not rows:
             raise InputError("draw: there are no images to draw")
         _figure(rows).savefig(partial, format=form, dpi=DPI)
     return target
 
 
-def _works(idle: IdleModule, batch: Tensor) -> dict[int, Grid]:
+def _workers(idle: IdleModule, batch: Tensor) -> dict[int, Grid]:
     weight = next((p for p in idle.parameters() if p.is_floating_point()), batch)
-    works: dict[int, Grid] = {}
-    for index, positions in sorted(selections(idle, batch.to(weight.device, weight.dtype)).items()):
+    workers: dict[int, Grid] = {}
+    for index, leaders in sorted(groups(idle, batch.to(weight.device, weight.dtype)).items()):
         block = conversion_of(idle).blocks[index]
-        chosen = torch.isin(torch.tensor(block.image_positions), positions[0].cpu())
-        works[index] = chosen.reshape(_grid(block.image_tokens, *batch.shape[-2:])).numpy()
-    return works
+        patch = torch.full((block.tokens + 1,), -1)  # the last one for those that rest
+        patch[torch.tensor(block.image_positions)] = torch.arange(block.image_tokens)
+        numbers = patch[leaders[0].cpu()][torch.tensor(block.image_positions)]
+        workers[index] = numbers.reshape(_grid(block.image_tokens, *batch.shape[-2:])).numpy()
+    return workers
 
 
 def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
@@ -98,7 +105,7 @@ def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
 
 def _figure(rows: Sequence[TokenMap]) -> Figure:
     """Set the rows: the image, then its blocks, on as many lines as keep them legible."""
-    blocks = len(rows[0].works)
+    blocks = len(rows[0].workers)
     lines = math.ceil(blocks / MOST_COLUMNS)
     columns = math.ceil(blocks / lines)
     height, width = PANEL * rows[0].pixels.shape[0] / rows[0].pixels.shape[1], PANEL
@@ -126,14 +133,19 @@ def _figure(rows: Sequence[TokenMap]) -> Figure:
         y = top + number * row_step
         first = panel(MARGIN, y, scale, row.pixels)
         if number == 0:
-            _caption(first, "image", f"{next(iter(row.works.values())).size} patches")
-        for place, (block, works) in enumerate(row.works.items()):
+            _caption(first, "image", f"{next(iter(row.workers.values())).size} patches")
+        for place, (block, workers) in enumerate(row.workers.items()):
             line, column = divmod(place, columns)
-            axes = panel(left + column * step_x, y + line * step_y, 1, _faded(row.pixels, works))
-            _edges(axes, works, row.pixels.shape)
+            axes = panel(left + column * step_x, y + line * step_y, 1, _faded(row.pixels, workers))
+            _edges(axes, workers, row.pixels.shape)
             if number == 0 or lines > 1:
-                _caption(axes, f"block {block}", f"{works.sum()} of {works.size}")
+                _caption(axes, f"block {block}", f"{_working(workers)} of {workers.size}")
     return figure
+
+
+def _working(workers: Grid) -> int:
+    """How many patches work."""
+    return int((workers == np.arange(workers.size).reshape(workers.shape)).sum())
 
 
 def _caption(axes: Axes, title: str, detail: str) -> None:
@@ -150,19 +162,30 @@ def _caption(axes: Axes, title: str, detail: str) -> None:
         )
 
 
-def _faded(pixels: Pixels, works: Grid) -> Pixels:
-    """The image with its idle patches grey and pale."""
-    inside = [np.arange(n) * cells // n for n, cells in zip(pixels.shape, works.shape, strict=False)]
-    mask = works[np.ix_(*inside)][..., None]
+def _faded(pixels: Pixels, workers: Grid) -> Pixels:
+    """The image with its resting patches grey and pale, and those that follow in the mean colour of their worker."""
+    patch = np.ix_(*[np.arange(n) * cells // n for n, cells in zip(pixels.shape, workers.shape, strict=False)])
+    own = np.arange(workers.size).reshape(workers.shape)
     grey = (pixels @ LUMINANCE)[..., None]
-    faded: Pixels = np.where(mask, pixels, 1 - FADED * (1 - grey)).astype(np.float32)
+    idle = 1 - FADED * (1 - grey)
+    if (workers >= 0).any():
+        inside = own[patch].ravel()
+        sums = np.stack(
+            [np.bincount(inside, channel.ravel(), workers.size) for channel in np.moveaxis(pixels, 2, 0)], 1
+        )
+        means = sums / np.bincount(inside, minlength=workers.size)[:, None]
+        idle = np.where((workers >= 0)[patch][..., None], means[workers.clip(0)][patch], idle)
+    faded: Pixels = np.where((workers == own)[patch][..., None], pixels, idle).astype(np.float32)
     return faded
 
 
-def _edges(axes: Axes, works: Grid, shape: tuple[int, ...]) -> None:
-    """A thin line wherever a working patch borders on an idle one."""
-    cell = np.array([shape[1] / works.shape[1], shape[0] / works.shape[0]])  # x, y
-    below, right = np.argwhere(works[1:] != works[:-1]), np.argwhere(works[:, 1:] != works[:, :-1])
+def _edges(axes: Axes, workers: Grid, shape: tuple[int, ...]) -> None:
+    """A thin line between neighbours that do not go together, but for two that work alone."""
+    cell = np.array([shape[1] / workers.shape[1], shape[0] / workers.shape[0]])  # x, y
+    numbers, sizes = np.unique(workers, return_counts=True)
+    alone = np.isin(workers, numbers[(sizes == 1) & (numbers >= 0)])
+    below = np.argwhere((workers[1:] != workers[:-1]) & ~(alone[1:] & alone[:-1]))
+    right = np.argwhere((workers[:, 1:] != workers[:, :-1]) & ~(alone[:, 1:] & alone[:, :-1]))
     lines = [((x, y + 1), (x + 1, y + 1)) for y, x in below] + [((x + 1, y), (x + 1, y + 1)) for y, x in right]
     edges = [np.array(line) * cell for line in lines]
     axes.add_collection(LineCollection(edges, colors="0.25", linewidths=0.35, capstyle="projecting"), False)

@@ -33,12 +33,6 @@ from idlefx.runtime import ops
 
 aten = torch.ops.aten
 
-_PRODUCTS = (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.mm.default)
-_STATISTICS = (
-    aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim, aten.var.correction, aten.var.dim,
-    aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.std.correction, aten.std.dim,
-)  # fmt: skip
-
 
 class Head:
     """The selector head of one block, built at the graph's insertion point."""
@@ -87,14 +81,14 @@ class Head:
 
     def _evidence(self, name: str, selector: str) -> Any:
         if name == "x":
-            return self._tokens_first(self.opened.entry)
+            return self.tokens_first(self.opened.entry)
         if name == "query":
             return self._query(selector)
         if name in ("q", "k"):
             return self._heads(self.all_tokens, keys=name == "k")
         return {"prefix": self.block.prefix, "block": self.block.index}[name]
 
-    def _tokens_first(self, stream: fx.Node) -> fx.Node:
+    def tokens_first(self, stream: fx.Node) -> fx.Node:
         """Something laid out as the stream, as (B, N, C)."""
         order = (self.block.batch_dim, self.block.token_dim)
         rest = next(d for d in range(3) if d not in order)
@@ -107,10 +101,9 @@ class Head:
             return self.add(
                 ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.block.prefix, 2, name="query"
             )
-        queries = [self._class_query(core) for core in self.opened.cores]
-        return queries[0] if len(queries) == 1 else self.add(aten.cat.default, queries, 1, name="heads")
+        return self._joined([self.class_query(core) for core in self.opened.cores])
 
-    def _class_query(self, core: Core) -> fx.Node:
+    def class_query(self, core: Core) -> fx.Node:
         """The class token's query in one core (B, H, 1, D)."""
         position = self.block.class_token
         assert position is not None
@@ -139,8 +132,10 @@ class Head:
 
     def _heads(self, rebuild: Rebuilder, *, keys: bool) -> fx.Node:
         """Queries or keys of all attention cores, (B, H, N, D)."""
-        found = [self.heads_of(core, rebuild, keys=keys) for core in self.opened.cores]
-        return found[0] if len(found) == 1 else self.add(aten.cat.default, found, 1, name="heads")
+        return self._joined([self.heads_of(core, rebuild, keys=keys) for core in self.opened.cores])
+
+    def _joined(self, heads: list[fx.Node]) -> fx.Node:
+        return heads[0] if len(heads) == 1 else self.add(aten.cat.default, heads, 1, name="heads")
 
     def heads_of(self, core: Core, rebuild: Rebuilder, *, keys: bool) -> fx.Node:
         """Queries or keys of one core, (B, H, N, D)."""
@@ -172,8 +167,7 @@ class Head:
         out = self.add(aten.linear.default, rebuild(given), weight, bias, name="rows")
         features = [dim[0].size for dim in layout if not dim[0].role]
         out = self.add(aten.unflatten.int, out, 2, features, name="split")
-        roles = [dim[0].role for dim in self.walk[rows.linear][:2]]
-        order, next_feature = [], 2
+        order, next_feature, roles = [], 2, [dim[0].role for dim in self.walk[rows.linear][:2]]
         for dim in layout:
             order.append(roles.index(dim[0].role) if dim[0].role else next_feature)
             next_feature += not dim[0].role
@@ -192,12 +186,11 @@ class Head:
     def _standard(self, node: fx.Node, layout: Layout) -> fx.Node:
         """Bring queries or keys to (B, H, N, D)."""
         factors = [f for dim in layout for f in dim]
-        last = len(factors) - 1
-        roles = ("batch", "", "tokens")
+        last, roles = len(factors) - 1, ("batch", "", "tokens")
         order = [*sorted(range(last), key=lambda i: roles.index(factors[i].role)), last]
         if order != list(range(len(factors))) or len(factors) != len(layout):
-            val = node.meta["val"]
-            count = next(number(val.shape[d]) for d, dim in enumerate(layout) if lay.is_tokens(dim))
+            sizes = node.meta["val"].shape
+            count = next(number(sizes[d]) for d, dim in enumerate(layout) if lay.is_tokens(dim))
             shape = [-1 if f.role == "batch" else count if f.role == "tokens" else f.size for f in factors]
             node = self.add(aten.reshape.default, node, shape, name="factors")
             node = self.add(aten.permute.default, node, order, name="ordered")
@@ -207,10 +200,10 @@ class Head:
         return self.add(aten.flatten.using_ints, node, 1, rank - 3, name="heads") if rank > 4 else node
 
     def _affine(self, selector: str) -> fx.Node:
-        sums = [self._sum_over_heads(core, selector) for core in self.opened.cores]
+        sums = [self.sum_over_heads(core, selector) for core in self.opened.cores]
         return self.add(ops.mean_over_heads, sums, self.head_count, name="scores")
 
-    def _sum_over_heads(self, core: Core, selector: str) -> fx.Node:
+    def sum_over_heads(self, core: Core, selector: str) -> fx.Node:
         """Logits of one query on all tokens (B, N), up to a factor and a constant, summed over the heads of a core."""
         query, key = self.projections(core)
         given, weight, bias = self.weights(query)
@@ -220,40 +213,12 @@ class Head:
         direction = self.add(aten.matmul.default, one, weight, name="direction")
         return self.add(ops.score_tokens, self.tokens(key), direction, name="sums")
 
-    def class_logits(self) -> fx.Node | None:
-        """Logits of the class token on all tokens (B, N), the mean over heads, scaled as in their attention.
-
-        They are right up to a constant, and without what attention multiplies them with further, such as a learned
-        temperature. None where there is no class token.
-        """
-        if self.block.class_token is None:
-            return None
-        sums = []
-        for core in self.opened.cores:
-            if self.block.affine:
-                query, key = self.projections(core)
-                total, factor = self._sum_over_heads(core, "class"), core.scale * query.factor * key.factor
-            else:
-                one, keys = self._class_query(core), self.heads_of(core, self.all_tokens, keys=True)
-                total, factor = self.add(ops.sum_over_heads, one, keys, name="sums"), core.scale
-            sums.append(self.add(aten.mul.Tensor, total, factor, name="scaled"))
-        return self.add(ops.mean_over_heads, sums, self.head_count, name="logits")
-
-    def normalised_input(self) -> fx.Node:
-        """What the attention projects, if a norm in front of it made that of the stream; else the stream (B, N, C).
-
-        A norm is any statistic over features, whether it is one operation or spelled out.
-        """
-        entry, first = self.opened.entry, self.opened.cores[0].query
-        chain = [node for node in self.opened.dominators(first) if node is not entry]
-        product = next((node for node in reversed(chain) if node.target in _PRODUCTS), None)
-        norm = product.args[0] if product is not None else entry
-        assert isinstance(norm, fx.Node)
-        between = region(self.opened.flow, entry, norm) if norm is not entry else []
-        normalised = any(node.target in _STATISTICS for node in between)
-        same = norm in self.walk and self.walk[norm] == self.walk[entry]
-        stream = self.all_tokens(norm) if normalised and same else entry
-        return self._tokens_first(stream)
+    def scaled(self, core: Core, queries: fx.Node, role: Role = "score") -> fx.Node:
+        """Queries (B, H, n, D) times what the logits of the core are multiplied with, besides its plain scale."""
+        for node in core.scalings:
+            factors = [queries if operand in self.walk else operand for operand in node.args]
+            queries = self.add(node.target, *factors, name="scaled", role=role)
+        return queries
 
     @property
     def head_count(self) -> int:
@@ -263,7 +228,7 @@ class Head:
     def projections(self, core: Core) -> tuple[Projection, Projection]:
         """The linear layers of queries and keys, where both are affine."""
         query, key = (projection(self.walk, node, up_to_scale=True) for node in (core.query, core.key))
-        assert query is not None and key is not None
+        assert query and key
         return query, key
 
     def tokens(self, rows: Projection) -> fx.Node:

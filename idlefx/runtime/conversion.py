@@ -42,6 +42,7 @@ class Conversion:
         answers: What the model says of itself to optimisers, loaders and people.
         custom_gradient: What in the model has gradients of its own, which the graphs do not have: it is for inference
             only. Empty if nothing has.
+        weights: One number of every parameter, as it was.
     """
 
     options: PlanOptions
@@ -54,6 +55,7 @@ class Conversion:
     calls: CallChecks
     answers: Answers
     custom_gradient: str = ""
+    weights: tuple[float, ...] = ()
 
     @property
     def plan(self) -> Plan:

@@ -11,7 +11,7 @@ from torch.fx.graph import PythonCode
 from torch.utils._pytree import tree_leaves
 
 from idlefx.errors import InputError
-from idlefx.graph.notes import KEY, only_made_for
+from idlefx.graph.notes import KEY
 from idlefx.graph.state import adopt, list_numbered, owner_of
 from idlefx.records import Plan
 from idlefx.runtime import ops
@@ -213,37 +213,3 @@ def _place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         owner.register_parameter(leaf, tensor)
     else:
         owner.register_buffer(leaf, tensor)
-
-
-def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.Tensor]:
-    """Which tokens work in each idling block.
-
-    Args:
-        idle: A converted model.
-        *args: Its inputs.
-        **kwargs: Its inputs by keyword.
-
-    Returns:
-        By block index, the positions (B, P + K) of prefix and kept image tokens, ascending.
-    """
-    idle = converted(idle)
-    stages = conversion_of(idle).plan.stages
-    opened = {stage[0].block: only_made_for(idle.graph, stage[0].block, "index") for stage in stages}
-    wanted = {step.block: opened[stage[0].block] for stage in stages for step in stage}
-    recorder = _Recorder(idle, set(wanted.values()))
-    flat = conversion_of(idle).calls.flat(args, kwargs)
-    with torch.no_grad():
-        recorder.run(*flat, enable_io_processing=False)
-    return {block: recorder.seen[node] for block, node in wanted.items()}
-
-
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: nn.Module, wanted: set[fx.Node]) -> None:
-        super().__init__(module)
-        self.wanted, self.seen = wanted, dict[fx.Node, torch.Tensor]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.wanted:
-            self.seen[n] = result
-        return result

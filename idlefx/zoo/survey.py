@@ -17,7 +17,8 @@ from idlefx.capture.inputs import guess_inputs
 from idlefx.errors import IdleFxError, InputError
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable
-from idlefx.runtime.module import IdleModule, conversion_of, selections
+from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.runtime.selections import selections
 from idlefx.zoo import reference as reference
 from idlefx.zoo.models import Entry, Inputs, entries, images
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 import idlefx
 from idlefx import pipeline
 from idlefx.capture.export import capture
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.generated import Config, build, inputs
 from tests.oracles import generated_reference
 from tests.support.cases import CLEAR_MARGIN, relative_error
