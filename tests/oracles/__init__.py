@@ -4,6 +4,8 @@
 2. `masked` lets all tokens through, hides the idle ones and puts them back, with the token cut loss.
 3. `generated_reference` hides them in the models of `tests.models.generated`; `masked_generated` adds the loss.
 4. `zoo`, which is `idlefx.zoo.reference`, hides them in any model by its attention calls; the zoo command ships it.
+5. `following` groups tokens that follow and runs a stage on the means of the groups: `following_generated` in the
+   models of `tests.models.generated`, `following_zoo` in any model by its attention calls.
 """
 
 from idlefx.zoo import reference as zoo

@@ -49,9 +49,18 @@ def heads_of(attention: Attention, x: Tensor, positions: Tensor | None) -> tuple
 
 
 def attend(
-    attention: Attention, x: Tensor, positions: Tensor | None, valid: Tensor | None, works: Tensor
+    attention: Attention,
+    x: Tensor,
+    positions: Tensor | None,
+    valid: Tensor | None,
+    works: Tensor,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention among the working tokens (B, N), with the queries and keys of all (B, H, N, D)."""
+    """The attention among the working tokens (B, N), with the queries and keys of all (B, H, N, D).
+
+    Where `sizes` (B, N) says so, a key counts as that many equal ones do: its weight is a multiple, so that the
+    logarithm is added to what the softmax takes, behind everything else that makes up a logit.
+    """
     first = attention.config.tokens_first
     x, positions = (y.transpose(0, 1) if first and y is not None else y for y in (x, positions))
     q, k, v = heads_of(attention, x, positions)
@@ -60,6 +69,7 @@ def attend(
     bias, seen = attention.bias(), attention.seen_keys(x.shape[1], valid)
     logits = attention.talk(logits if bias is None else logits + bias, attention.before)
     logits = logits if attention.added is None else logits + attention.added
+    logits = logits if sizes is None else logits + sizes.clamp(min=1).log().to(logits.dtype)[:, None, None]
     # Idle tokens see themselves too, so that their rows, which nobody reads, stay finite.
     alone = torch.eye(x.shape[1], dtype=torch.bool)
     working = works[:, None, None] | alone
@@ -91,14 +101,14 @@ def choose(scores: Tensor, kept: int, prefix: tuple[int, ...]) -> tuple[Tensor, 
 
 
 def run_block(
-    block: Block, x: Tensor, context: tuple[Tensor | None, ...], works: Tensor
+    block: Block, x: Tensor, context: tuple[Tensor | None, ...], works: Tensor, sizes: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block among the working tokens (B, N), with queries and keys of all its attention (B, H, N, D)."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(attention: Attention) -> Callable[..., Tensor]:
         def forward_working(y: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
-            out, q, k = attend(attention, y, positions, valid, works)
+            out, q, k = attend(attention, y, positions, valid, works, sizes)
             seen.append((q, k))
             return out
 

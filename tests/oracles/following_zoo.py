@@ -1,0 +1,108 @@
+"""Tokens that follow in any model whose blocks are modules with a stream (B, N, C), by its attention calls."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from idlefx.zoo import reference as zoo
+from tests.oracles.first_norm import first_norm
+from tests.oracles.following import Groups, Passage, Result, Stage, class_attention, group
+
+
+class Stream:
+    """The residual stream among the inputs or outputs of a block: the first tensor of the shape, or of any three."""
+
+    def __init__(self, values: Any, shape: torch.Size | None = None) -> None:
+        self._leaves, self._structure = tree_flatten(values)
+        self._place = next(
+            place
+            for place, leaf in enumerate(self._leaves)
+            if isinstance(leaf, Tensor) and (leaf.ndim == 3 if shape is None else leaf.shape == shape)
+        )
+        self.value: Tensor = self._leaves[self._place]
+
+    def replaced(self, value: Tensor) -> Any:
+        """The inputs or outputs with another stream."""
+        leaves = list(self._leaves)
+        leaves[self._place] = value
+        return tree_unflatten(leaves, self._structure)
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module,
+    paths: Sequence[str],
+    plan: Sequence[Stage],
+    tokens: Mapping[str, zoo.Tokens],
+    call: Callable[[], Any],
+) -> Result:
+    """Run a model with tokens following.
+
+    Args:
+        model: The dense model.
+        paths: Module paths of its blocks, in order.
+        plan: The stages, by positions in `paths`; blocks outside them run on all tokens.
+        tokens: Prefix and class token of each block, by path.
+        call: Runs the model.
+
+    Raises:
+        ValueError: Something writes the stream inside a stage, or a block opens one and runs no known attention.
+    """
+    groups: dict[int, Groups] = {}
+    with ExitStack() as stack:
+        for stage in plan:
+            blocks = [model.get_submodule(path) for path in paths[stage.first : stage.end]]
+            forwards = _following(blocks, stage, tokens[paths[stage.first]], groups)
+            for block, forward in zip(blocks, forwards, strict=True):
+                stack.enter_context(patch.object(block, "forward", forward))
+        output = call()
+    return Result(output, groups)
+
+
+def _following(
+    blocks: Sequence[nn.Module], stage: Stage, tokens: zoo.Tokens, groups: dict[int, Groups]
+) -> list[Callable[..., Any]]:
+    """What the blocks of one stage do instead."""
+    passages: list[Passage] = []  # the one under way
+
+    def forward_of(dense: Callable[..., Any], opens: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            entry = Stream((args, kwargs))
+            x = entry.value
+            if opens:
+                groups[stage.first] = _grouped(dense, entry, stage.kept, tokens)
+                passages[:] = [Passage(groups[stage.first], x)]
+            if stage.kept == x.shape[1] - len(tokens.prefix):
+                return dense(*args, **kwargs)
+            exits: list[Stream] = []
+
+            def block(stream: Tensor, sizes: Tensor) -> Tensor:
+                moved, named = entry.replaced(stream)
+                with zoo.Attention(*x.shape[:2], sizes):
+                    exits.append(Stream(dense(*moved, **named), x.shape))
+                return exits[0].value
+
+            restored = passages[0].through(x, block)
+            return exits[0].replaced(restored)
+
+        return forward
+
+    return [forward_of(block.forward, place == 0) for place, block in enumerate(blocks)]
+
+
+def _grouped(dense: Callable[..., Any], entry: Stream, kept: int, tokens: zoo.Tokens) -> Groups:
+    """The grouping that a block begins with."""
+    x = entry.value
+    args, kwargs = entry.replaced(x)  # as they were
+    normalised = first_norm(x, lambda: dense(*args, **kwargs))
+    with zoo.Attention(*x.shape[:2]) as attention:
+        dense(*args, **kwargs)
+    if not attention.found:
+        raise ValueError("the block runs no attention that the reference recognises")
+    received = class_attention(attention.found, tokens.class_token)
+    return group(x if normalised is None else normalised, received, kept, tokens.prefix)
