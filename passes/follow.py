@@ -105,8 +105,9 @@ class _Stage:
         name, note = f"idle_{block.index}_", Made(block.index, "work")
         rebuild = Rebuilder(self.graph, dense.walk, chosen, {dense.entry: stream}, name, note, self._reads)
         worked = rebuild(dense.exit)
-        for core in dense.cores:
-            axis = key_axis(dense.walk, core)
+        axes = [key_axis(dense.walk, core) for core in dense.cores]
+        places = {node: place for place, node in enumerate(self.graph.nodes)}
+        for axis in sorted(axes, key=lambda axis: places[rebuild.mapping[axis.logits]]):
             self._weigh(block, rebuild.mapping[axis.logits], axis)
         return worked
 

@@ -3,34 +3,47 @@
 import torch
 from torch import fx
 
-from idlefx.graph.queries import region
+from idlefx.graph.sizes import shape_of
 from idlefx.rewriting.selector_head import Head
 from idlefx.runtime import ops
 
 aten = torch.ops.aten
 
-_PRODUCTS = (aten.linear.default, aten.matmul.default, aten.addmm.default, aten.mm.default)
-_STATISTICS = (
-    aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim, aten.var.correction, aten.var.dim,
-    aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.std.correction, aten.std.dim,
-)  # fmt: skip
+_STATISTICS = {
+    aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim, aten.var.correction, aten.var.dim, aten.std.correction,
+    aten.std.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
+}  # fmt: skip
+_ARITHMETIC = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.square.default,
+    aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.clamp_min.default, aten.clamp.default,
+    aten.expand_as.default, aten.to.dtype, aten._to_copy.default, aten.contiguous.default,
+}  # fmt: skip
 
 
 def normalised_input(head: Head) -> fx.Node:
-    """What the attention projects, if a norm in front of it made that of the stream; else the stream (B, N, C).
+    """The stream as the norm that the block begins with gives it, else the stream itself (B, N, C).
 
-    A norm is any statistic over features, whether it is one operation or spelled out.
+    A norm is one operation, or spelled out: arithmetic with the stream, with statistics of it over features, and with
+    one number for each feature.
     """
-    entry, first = head.opened.entry, head.opened.cores[0].query
-    chain = [node for node in head.opened.dominators(first) if node is not entry]
-    product = next((node for node in reversed(chain) if node.target in _PRODUCTS), None)
-    norm = product.args[0] if product is not None else entry
-    assert isinstance(norm, fx.Node)
-    between = region(head.opened.flow, entry, norm) if norm is not entry else []
-    normalised = any(node.target in _STATISTICS for node in between)
-    same = norm in head.walk and head.walk[norm] == head.walk[entry]
-    stream = head.all_tokens(norm) if normalised and same else entry
-    return head.tokens_first(stream)
+    entry, walk = head.opened.entry, head.walk
+    inside, normalised = {entry}, set[fx.Node]()
+    for node in head.opened.nodes:
+        operands = [operand for operand in node.all_input_nodes if operand in walk]
+        others = [operand for operand in node.all_input_nodes if operand not in walk]
+        known = node.target in _STATISTICS | _ARITHMETIC and inside.issuperset(operands)
+        if known and all(map(_is_per_feature, others)):
+            inside.add(node)
+            if node.target in _STATISTICS or not normalised.isdisjoint(operands):
+                normalised.add(node)
+    for node in head.opened.nodes:
+        if node in normalised and walk[node] == walk[entry] and not inside.issuperset(node.users):
+            return head.tokens_first(head.all_tokens(node))
+    return head.tokens_first(entry)
+
+
+def _is_per_feature(operand: fx.Node) -> bool:
+    return all(size == 1 for size in shape_of(operand)[:-1])
 
 
 def class_logits(head: Head) -> fx.Node | None:
