@@ -10,8 +10,8 @@ from idlefx.runtime import ops
 aten = torch.ops.aten
 
 _STATISTICS = {
-    aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim, aten.var.correction, aten.var.dim, aten.std.correction,
-    aten.std.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
+    aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim, aten.var.correction, aten.var.dim,
+    aten.std.correction, aten.std.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
 }  # fmt: skip
 _ARITHMETIC = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.square.default,

@@ -1,0 +1,224 @@
+"""Idle tokens that follow: a converted model does what the definition says, however it is spelled, or says why not."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import idlefx
+from idlefx.graph.notes import made_for
+from idlefx.runtime.selections import groups
+from idlefx.zoo.reference import Tokens
+from tests.models.generated import Config, inputs
+from tests.models.generated import build as build_generated
+from tests.models.generated.config import CHOICES
+from tests.models.small import DEPTH, MODELS, build, images
+from tests.oracles import following, following_generated, following_zoo
+from tests.oracles.following import Stage
+from tests.support.cases import relative_error
+from tests.support.generated_check import error_of
+
+BASIC = ("vit", "gap", "hand_written")
+PATHS = [f"blocks.{index}" for index in range(DEPTH)]
+CLEAR = 1e-5  # a narrower choice is decided by rounding
+
+
+def converted(name: str, **options: Any) -> tuple[nn.Module, idlefx.IdleModule]:
+    model = build(name)
+    plan = {"layers": [0, 2], "keep": 0.6, "idle": "follow", "example_inputs": images(model, 2, seed=99)}
+    return model, idlefx.convert(model, **(plan | options))
+
+
+def stages_of(idle: idlefx.IdleModule) -> list[Stage]:
+    return [Stage(steps[0].block, steps[-1].block + 1, steps[0].kept) for steps in idle.plan.stages]
+
+
+def agrees(idle: idlefx.IdleModule, x: tuple[torch.Tensor, ...], expected: following.Result) -> bool:
+    """Whether a converted model groups and computes as the reference does; False where rounding decides."""
+    if expected.margin <= CLEAR:
+        return False
+    with torch.no_grad():
+        told, output = groups(idle, *x), idle(*x)
+    for block, wanted in expected.groups.items():
+        assert torch.equal(told[block], wanted.leaders)
+    assert error_of(output, expected.output) <= 1e-5
+    return True
+
+
+@pytest.mark.parametrize("name", [n if n in BASIC else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+def test_converted_equals_the_reference(name):
+    spec = MODELS[name]
+    model, idle = converted(name)
+    x = images(model, 3)
+    tokens = dict.fromkeys(PATHS, Tokens(tuple(range(spec.prefix)), spec.class_position))
+    assert [step.opens for step in idle.plan] == [True, False, True, False]
+    assert agrees(idle, (x,), following_zoo.run(model, PATHS, stages_of(idle), tokens, lambda: model(x)))
+    assert relative_error(idle(x), model(x)) > 1e-3
+
+
+def check(config: Config, layers: list[int], keep: float | list[float]) -> bool:
+    """Hold a conversion of a generated model against its reference."""
+    model = build_generated(config)
+    example = inputs(config, 2, seed=9)
+    idle = idlefx.convert(model, layers, keep, idle="follow", example_inputs=example)
+    x = inputs(config, 3, seed=1)
+    return agrees(idle, x, following_generated.run(model, stages_of(idle), x))
+
+
+HARD = [
+    (Config(outputs="features"), [0, 2]),  # what is read between two blocks
+    (Config(outputs="skips", residual="in_place", block="attention_only"), [0]),  # what is joined with the stream
+    (Config(core="matmul", talking="linear", scale="learned_per_head", mask="boolean", bias="table"), [0]),
+    (Config(tokens_first=True, place="split", prefix=2, rotary="given", block="branches"), [1]),
+    (Config(norm="written", inputs="modulated", positions="queries", projection="separate"), [0, 1]),
+    (Config(block="mlp_first"), [0]),
+    (Config(place="late", positions="image"), [0]),  # a stage that ends early
+]
+
+
+@pytest.mark.parametrize(("config", "layers"), HARD, ids=lambda value: None)
+def test_hard_combination(config, layers):
+    assert config.normalised() == config
+    assert check(config, layers, 0.5)
+
+
+def configs() -> st.SearchStrategy[Config]:
+    options = {name: st.sampled_from(values) for name, values in CHOICES.items()}
+    options["unfit"] = st.just("none")
+    options["collision"] = st.sampled_from(("none",) * 4 + CHOICES["collision"])
+    # What is injected is the stream itself to the first block, whose mean a graph then takes: a matter of taste.
+    options["injected"] = st.just(False)
+    return st.builds(Config, **options).map(Config.normalised)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(2))
+def test_any_spelling_equals_its_reference(part):
+    compared = []
+
+    @given(configs(), st.sets(st.sampled_from(range(3)), min_size=1), st.integers(17, 95))
+    @settings(max_examples=25)
+    def converts(config: Config, layers: set[int], keep: int) -> None:
+        compared.append(check(config, sorted(layers), keep / 100))
+
+    seed(part)(converts)()
+    assert sum(compared) >= 0.8 * len(compared), "rounding decided too often"
+
+
+def test_only_the_size_term_is_added_between_the_blocks_of_a_stage():
+    _, idle = converted("vit", layers=[1], keep=0.5)
+    dense = [node.target for node in idle.conversion.evaluation.source.nodes if "blocks.2" in str(node.meta)]
+    assert len(dense) > 10
+    worked = [node.target for node in made_for(idle.graph, 2)]
+    assert len(worked) == len([t for t in worked if t in dense]) <= len(dense)
+    terms = [node for node in idle.graph.nodes if node.target is idlefx.runtime.following.size_term]
+    assert len(terms) == 1 and len(terms[0].users) == 3
+
+
+def test_a_stage_ends_where_prefix_tokens_join():
+    config = Config(place="late", positions="none")
+    idle = idlefx.convert(build_generated(config), [0], 0.5, idle="follow", example_inputs=inputs(config, 2))
+    assert [(step.block, step.opens) for step in idle.plan] == [(0, True), (1, False), (2, True)]
+    assert "they are grouped anew at block 0, 2" in str(idle.plan)
+
+
+def test_with_exact_blocks_each_groups_anew():
+    _, idle = converted("vit", layers=[1, 2], schedule="blocks")
+    assert [len(stage) for stage in idle.plan.stages] == [1, 1]
+
+
+def test_keeping_all_is_the_model():
+    model, idle = converted("vit", keep=1.0)
+    x = images(model, 2)
+    assert torch.equal(idle(x), model(x))
+
+
+def test_equal_tokens_follow_at_no_cost():
+    """The logarithm of its size makes a key count as often as the tokens that it stands for would."""
+    term = idlefx.runtime.following.size_term
+    config = Config(core="matmul", talking="linear", positions="none")
+    model = build_generated(config)
+    patches = torch.randn(2, 3, 3, 4, 4)[:, torch.arange(16) % 3]
+    image = patches.unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 16, 16)
+    idle = idlefx.convert(model, [0], 0.75, idle="follow", example_inputs=inputs(config, 2))
+    assert torch.allclose(idle(image), model(image), atol=1e-5)
+    for node in idle.graph.find_nodes(op="call_function", target=term):
+        node.target = lambda *given: torch.zeros_like(term(*given))
+    idle.recompile()
+    assert not torch.allclose(idle(image), model(image), atol=1e-3)
+
+
+def test_an_image_does_not_depend_on_its_neighbours():
+    model, idle = converted("vit")
+    x = images(model, 4)
+    assert torch.allclose(idle(x)[1:2], idle(x[1:2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    model, idle = converted("vit")
+    x = images(model, 3)
+    expected = idle(x)
+    moved = idle.to(dtype)(x.to(dtype))
+    assert moved.dtype == dtype
+    assert relative_error(moved.to(expected.dtype), expected) <= (0.1 if dtype is torch.bfloat16 else 1e-5)
+
+
+def test_gradients_reach_all_tokens_and_parameters():
+    model, idle = converted("vit")
+    x = images(model, 2).requires_grad_()
+    idle(x).square().sum().backward()
+    patches = x.grad.unfold(2, 8, 8).unfold(3, 8, 8).abs().sum((1, 4, 5))
+    assert (patches > 0).all()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in idle.parameters())
+
+
+class Causal(nn.Module):
+    """A block whose attention takes no mask besides its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class CausalVit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.block = Causal()
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_attention_that_takes_no_term_is_refused_for_following_alone():
+    model, x = CausalVit(), torch.randn(2, 3, 16, 16)
+    words = r"block 0 \(block\) can rest but not follow: .*is causal, and takes no other mask.*test_following.py:\d+: "
+    with pytest.raises(idlefx.PlanError, match=words):
+        idlefx.convert(model, [0], 0.5, idle="follow", example_inputs=x)
+    assert idlefx.convert(model, [0], 0.5, example_inputs=x)(x).shape == (2, 10)
+    assert "rest only: " in str(idlefx.inspect(model, x))
+
+
+def test_there_is_no_cut_loss_of_tokens_that_follow():
+    with pytest.raises(idlefx.InputError, match="tokens that follow have none"):
+        idlefx.with_cut_loss(converted("vit")[1])
+
+
+def test_report_says_what_idle_tokens_do_and_what_that_asks_for():
+    _, idle = converted("vit")
+    assert str(idlefx.report(idle)).endswith("they are grouped anew at block 0, 2")
+    _, resting = converted("vit", idle="rest")
+    assert "rest, which wants fine-tuning" in str(idlefx.report(resting)).splitlines()[-1]
+    with torch.no_grad():
+        next(resting.parameters()).mul_(1.01)
+    assert "fine-tuning" not in str(idlefx.report(resting))

@@ -1,0 +1,86 @@
+"""Grouping, averaging and handing back, each by itself."""
+
+import pytest
+import torch
+
+from idlefx.runtime import following
+from tests.oracles import following as reference
+
+PREFIX = (0, 4)
+
+
+def grouped(x, kept=5, prefix=PREFIX, logits=None):
+    workers, place, idlers = following.group_tokens(x, logits, prefix, kept)
+    return workers, place, idlers, following.group_sizes(place, workers)
+
+
+def test_groups_are_those_of_the_reference():
+    torch.manual_seed(0)
+    x, logits = torch.randn(8, 20, 6), torch.randn(8, 20)
+    workers, place, idlers, sizes = grouped(x, logits=logits)
+    expected = reference.group(x, logits.softmax(-1), 5, PREFIX)
+    assert torch.equal(workers.gather(1, place), expected.leaders)
+    assert torch.equal(sizes, reference.sizes_of(expected.leaders).gather(1, workers).long())
+    everyone = torch.cat([workers, idlers], 1).sort(1).values
+    assert torch.equal(everyone, torch.arange(20).expand(8, -1))
+
+
+def test_among_equal_tokens_the_first_idle_and_the_first_is_followed():
+    workers, place, idlers, _sizes = grouped(torch.ones(1, 8, 4), kept=2, prefix=())
+    assert following.anchors(8, 2) == (0,)
+    assert workers.tolist() == [[0, 7]] and idlers.tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert place.tolist() == [[0, 0, 0, 0, 0, 0, 0, 1]]
+
+
+def test_one_worker_is_followed_by_all_but_the_prefix():
+    workers, _, _, sizes = grouped(torch.randn(2, 9, 4), kept=1)
+    assert workers.tolist() == [[0, 1, 4]] * 2 and sizes.tolist() == [[1, 7, 1]] * 2
+
+
+@pytest.mark.parametrize("dims", [(1, 0), (0, 1)])
+def test_means_and_what_is_handed_back(dims):
+    torch.manual_seed(0)
+    x = torch.randn(3, 12, 4)
+    groups = grouped(x)
+    leaders = groups[0].gather(1, groups[1])
+    laid_out = x if dims == (1, 0) else x.transpose(0, 1)
+    means = following.average_groups(laid_out, *groups, *dims)
+    after = torch.randn(means.shape)
+    back = following.restore_tokens(laid_out, means, after, *groups[:3], *dims)
+    means, after, back = (t if dims == (1, 0) else t.transpose(0, 1) for t in (means, after, back))
+    for image in range(3):
+        for place, worker in enumerate(groups[0][image].tolist()):
+            group = leaders[image] == worker
+            assert torch.allclose(means[image, place], x[image, group].mean(0), atol=1e-6)
+            assert torch.allclose(back[image, group], x[image, group] + after[image, place] - means[image, place])
+
+
+def test_gradients_are_those_of_the_formula():
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
+    groups = grouped(x.detach())
+
+    def through(x):
+        means = following.average_groups(x, *groups)
+        return following.restore_tokens(x, means, means.sin(), *groups[:3])
+
+    assert torch.autograd.gradcheck(through, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(through, x)
+
+
+def test_sums_of_half_precision_are_made_in_single():
+    x = torch.full((1, 300, 2), 1.0, dtype=torch.bfloat16)
+    x[:, ::2] = 1.0078125  # the next number in half precision
+    groups = grouped(x, kept=1, prefix=())
+    means = following.average_groups(x, *groups)
+    assert means.dtype == torch.bfloat16 and groups[3].tolist() == [[300]]
+    assert means[0, 0, 0].item() in (1.0, 1.0078125)  # 300 of them summed in half precision stop at 256
+
+
+def test_masks_take_the_term():
+    term = following.size_term(torch.tensor([[1, 3]]), torch.zeros(1), 4, 3, 0)
+    assert term.shape == (1, 1, 1, 2) and term[..., 1].item() == pytest.approx(1.0986123)
+    seen = torch.tensor([[True, False]])
+    assert following.add_to_mask(seen, term).flatten().tolist() == [0.0, -torch.inf]
+    assert following.add_to_mask(seen.float(), term).flatten().tolist() == pytest.approx([1.0, 1.0986123])
+    assert following.size_term(torch.tensor([[1, 3], [2, 2]]), torch.zeros(1), 3, 2, 0, 2).shape == (4, 1, 2)
