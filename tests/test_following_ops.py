@@ -10,7 +10,9 @@ PREFIX = (0, 4)
 
 
 def grouped(x, kept=5, prefix=PREFIX, logits=None):
-    workers, place, idlers = following.group_tokens(x, logits, prefix, kept)
+    image = tuple(p for p in range(x.shape[1]) if p not in prefix)
+    anchors = following.anchors(image, kept)
+    workers, place, idlers = following.group_tokens(x, logits, prefix, anchors, kept)
     return workers, place, idlers, following.group_sizes(place, workers)
 
 
@@ -27,7 +29,7 @@ def test_groups_are_those_of_the_reference():
 
 def test_among_equal_tokens_the_first_idle_and_the_first_is_followed():
     workers, place, idlers, _sizes = grouped(torch.ones(1, 8, 4), kept=2, prefix=())
-    assert following.anchors(8, 2) == (0,)
+    assert following.anchors(tuple(range(8)), 2) == (0,)
     assert workers.tolist() == [[0, 7]] and idlers.tolist() == [[1, 2, 3, 4, 5, 6]]
     assert place.tolist() == [[0, 0, 0, 0, 0, 0, 0, 1]]
 

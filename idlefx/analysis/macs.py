@@ -63,11 +63,10 @@ def _logits(node: fx.Node) -> int:
 
 def _grouping(node: fx.Node) -> int:
     """The likeness of all tokens to the anchors, and that of the idle ones to the workers."""
-    (_, tokens, width), prefix, kept = _shape(node.args[0]), node.args[2], node.args[3]
-    assert isinstance(prefix, tuple) and isinstance(kept, int)
-    image = tokens - len(prefix)
-    anchors = len(following.anchors(image, kept))
-    return width * (tokens * anchors + (image - kept) * (len(prefix) + kept))
+    (_, tokens, width), (prefix, anchors, kept) = _shape(node.args[0]), node.args[2:]
+    assert isinstance(prefix, tuple) and isinstance(anchors, tuple) and isinstance(kept, int)
+    workers = len(prefix) + kept
+    return width * (tokens * len(anchors) + (tokens - workers) * workers)
 
 
 def _averages(node: fx.Node) -> int:

@@ -4,7 +4,6 @@ A group is one token that works and the idle ones that follow it. In a stage of 
 """
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,17 +16,23 @@ GOLDEN = 0.6180339887498949  # fractional parts of its multiples are spread even
 ATTENDED = 0.1  # how much redundancy a token loses that the class token attends to as much as to the mean one
 
 
-@cache
-def anchors(tokens: int, kept: int) -> tuple[int, ...]:
-    """Ranks among M image tokens of those that always work, spread evenly without knowing the grid.
+def anchors(image: tuple[int, ...], kept: int) -> tuple[int, ...]:
+    """Positions of the image tokens that always work, spread evenly without knowing the grid.
 
-    Of all ranks r those `min(⌈M / 6⌉, ⌈K / 3⌉)` with the smallest fractional part of r times the golden ratio.
+    Of all M ranks r those `min(⌈M / 6⌉, ⌈K / 3⌉)` with the smallest fractional part of r times the golden ratio.
+
+    Args:
+        image: Positions of the M image tokens, ascending.
+        kept: K, how many of them work.
     """
-    count = min(math.ceil(tokens / 6), math.ceil(kept / 3))
-    return tuple(sorted(sorted(range(tokens), key=lambda rank: rank * GOLDEN % 1)[:count]))
+    count = min(math.ceil(len(image) / 6), math.ceil(kept / 3))
+    ranks = sorted(range(len(image)), key=lambda rank: rank * GOLDEN % 1)[:count]
+    return tuple(image[rank] for rank in sorted(ranks))
 
 
-def group_tokens(x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], kept: int) -> tuple[Tensor, Tensor, Tensor]:
+def group_tokens(
+    x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], spread: tuple[int, ...], kept: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the tokens that work, and for each other one the worker that it follows.
 
     Those image tokens idle that are most redundant: most like an anchor by cosine, and little attended to by the class
@@ -38,6 +43,7 @@ def group_tokens(x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], kept
         x: What the likeness is of (B, N, C).
         logits: Logits of the class token (B, N), scaled as in its attention and up to a constant; None without one.
         prefix: Positions of the P prefix tokens, which work and are followed by nobody.
+        spread: Positions of the anchors, which work.
         kept: K, how many image tokens work; W = P + K.
 
     Returns:
@@ -48,16 +54,14 @@ def group_tokens(x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], kept
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         unit = torch.nn.functional.normalize(x.to(precision), dim=-1)
         count, device = x.shape[1], x.device
-        image = [p for p in range(count) if p not in prefix]
-        spread = [image[rank] for rank in anchors(len(image), kept)]
         working = torch.tensor([p in prefix or p in spread for p in range(count)], device=device)
         likeness = (unit @ unit[:, torch.tensor(spread, device=device)].mT).amax(-1)
         redundancy = likeness
         if logits is not None:
             attention = logits.to(precision).masked_fill(working, -math.inf).softmax(-1)
-            redundancy = likeness - ATTENDED * attention * (len(image) - len(spread))
+            redundancy = likeness - ATTENDED * attention * (count - len(prefix) - len(spread))
         order = descending(redundancy.masked_fill(working, -math.inf))
-        idle = len(image) - kept
+        idle = count - len(prefix) - kept
         order = torch.where(torch.arange(count, device=device) < idle, order + count, order).sort(dim=1).values
         workers, idlers = order[:, : count - idle], order[:, count - idle :] - count
         cosines = take_tokens(unit, idlers) @ take_tokens(unit, workers).mT
