@@ -136,8 +136,8 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
     conversion.check_gradients()
     if conversion.plan.idle != "rest":
         raise InputError(
-            "cut loss: it holds tokens that rest to the attention they get; tokens that follow have none, so train "
-            "without it (in fine-tuning: w_cut=0), or convert with idle='rest'"
+            "train: the token cut loss is for tokens that rest, and those of this model follow; train without it, or "
+            "convert with idle='rest'"
         )
     evaluation = _with_cut_loss(idle, conversion.evaluation)
     training = evaluation

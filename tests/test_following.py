@@ -210,7 +210,7 @@ def test_attention_that_takes_no_term_is_refused_for_following_alone():
 
 
 def test_there_is_no_cut_loss_of_tokens_that_follow():
-    with pytest.raises(idlefx.InputError, match="tokens that follow have none"):
+    with pytest.raises(idlefx.InputError, match="those of this model follow"):
         idlefx.with_cut_loss(converted("vit")[1])
 
 

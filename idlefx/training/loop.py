@@ -16,7 +16,7 @@ from tqdm import tqdm
 from idlefx.capture.export import capture
 from idlefx.errors import InputError
 from idlefx.pipeline import spell, with_cut_loss
-from idlefx.runtime.module import IdleModule
+from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.training import checkpoints
 from idlefx.training.config import Settings
 from idlefx.training.feature_taps import has_features, tap
@@ -69,7 +69,10 @@ def finetune(
         raise InputError("finetune: the model shares its weights with its teacher; convert it with copy=True")
 
     teacher = tap(spell(capture(dense, example_inputs, copy_model=False).eval_graph))
-    student = tap((with_cut_loss(idle) if settings.w_cut else idle).train())
+    rests = conversion_of(idle).plan.idle == "rest"
+    if settings.w_cut and not rests and train.world.leads:
+        print("there is no token cut loss of tokens that follow, so w_cut is off")
+    student = tap((with_cut_loss(idle) if settings.w_cut and rests else idle).train())
     if settings.w_feat and world.leads and not (has_features(teacher) and has_features(student)):
         print("no linear classifier was found, so w_feat is off")
     training = Trainer(
