@@ -44,11 +44,9 @@ def read_images(images: Photo | Sequence[Photo] | Tensor, facts: ModelFacts) -> 
     Raises:
         InputError: An image cannot be read or does not fit the model.
     """
-    data, size = {**IMAGENET, **(facts.data or {})}, facts.image_size
-    channels = size[0]
-    mean, std = (_per_channel(data[key], channels) for key in ("mean", "std"))
-
+    size = facts.image_size
     if isinstance(images, Tensor):
+        mean, std = _statistics(facts)
         if images.ndim != 4 or images.shape[1:] != tuple(size):
             wanted = ", ".join(map(str, size))
             raise InputError(f"images: expected shape (B, {wanted}), got {tuple(images.shape)}")
@@ -56,12 +54,36 @@ def read_images(images: Photo | Sequence[Photo] | Tensor, facts: ModelFacts) -> 
             normal = (image / 255 - mean) / std if image.dtype == torch.uint8 else image.float()
             yield ReadImage(_shown(normal * std + mean), normal.unsqueeze(0))
         return
-    if channels not in MODES:
-        raise InputError(f"images: the model takes {channels} channels, a photograph has 3; pass a tensor")
-    photos = [images] if isinstance(images, Photo) else images
-    for photo in photos:
-        seen, shown = _crop(_open(photo).convert(MODES[channels]), size, data)
-        yield ReadImage(_shown(shown), ((seen - mean) / std).unsqueeze(0))
+    for photo in [images] if isinstance(images, Photo) else images:
+        opened = _open(photo, facts)
+        seen, part = _crop(opened, facts)
+        larger = opened.resize((ZOOM * size[2], ZOOM * size[1]), _resampling(facts), part)
+        yield ReadImage(_shown(_tensor(larger)), _normal(seen, facts).unsqueeze(0))
+
+
+def read_photo(photo: Photo, facts: ModelFacts) -> Tensor:
+    """What the model takes of one photograph, (channels, height, width): read, cropped and normalised.
+
+    Args:
+        photo: A file, or a PIL image.
+        facts: As for `read_images`.
+
+    Raises:
+        InputError: It cannot be read, or the model takes no photographs.
+    """
+    seen, _ = _crop(_open(photo, facts), facts)
+    return _normal(seen, facts)
+
+
+def _data(facts: ModelFacts) -> Mapping[str, Any]:
+    return {**IMAGENET, **(facts.data or {})}
+
+
+def _statistics(facts: ModelFacts) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (channels, 1, 1)."""
+    data, channels = _data(facts), facts.image_size[0]
+    mean, std = (_per_channel(data[key], channels) for key in ("mean", "std"))
+    return mean, std
 
 
 def _per_channel(values: Sequence[float], channels: int) -> Tensor:
@@ -69,37 +91,48 @@ def _per_channel(values: Sequence[float], channels: int) -> Tensor:
     return (known if len(known) == channels else known.mean().expand(channels)).view(-1, 1, 1)
 
 
-def _open(photo: Photo) -> Image.Image:
+def _open(photo: Photo, facts: ModelFacts) -> Image.Image:
+    channels = facts.image_size[0]
+    if len(facts.image_size) != 3 or channels not in MODES:
+        takes = f"{channels} channels" if len(facts.image_size) == 3 else f"inputs of size {tuple(facts.image_size)}"
+        raise InputError(f"images: the model takes {takes}, a photograph has 3 channels; pass a tensor")
     try:
         image = photo if isinstance(photo, Image.Image) else Image.open(photo)
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image).convert(MODES[channels])
     except UnidentifiedImageError:
         raise InputError(f"images: {photo} is no image; expected a photograph (JPEG, PNG, …)") from None
-    except OSError as error:
-        raise InputError(f"images: cannot read {photo}: {error.strerror or error}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as its decoder is minded
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"images: cannot read {photo}: {reason}; mend it or leave it out") from error
 
 
-def _crop(photo: Image.Image, size: Sequence[int], data: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _crop(photo: Image.Image, facts: ModelFacts) -> tuple[Image.Image, tuple[float, float, float, float]]:
     """Resize the photograph and take its centre.
 
     Returns:
-        What the model sees, (channels, height, width), and the same part of the photograph at twice the
-        resolution; both between 0 and 1.
+        What the model sees, and which part of the photograph that is: left, upper, right and lower edge.
 
     Source: timm/data/transforms_factory.py, transforms_imagenet_eval.
     """
-    _, height, width = size
+    data, (_, height, width) = _data(facts), facts.image_size
     wide, high = (math.floor(n / data["crop_pct"]) for n in (width, height))
     if data.get("crop_mode") != "squash":
         ratio = min(photo.width / wide, photo.height / high)
         exact = photo.width / ratio, photo.height / ratio
         wide, high = (int(n + 1e-9) if width == height else round(n) for n in exact)
     left, top = round((wide - width) / 2), round((high - height) / 2)
-    resample = Image.Resampling[str(data.get("interpolation", "bicubic")).upper()]
-    seen = photo.resize((wide, high), resample).crop((left, top, left + width, top + height))
+    seen = photo.resize((wide, high), _resampling(facts)).crop((left, top, left + width, top + height))
     x, y = photo.width / wide, photo.height / high
-    part = (left * x, top * y, (left + width) * x, (top + height) * y)
-    return _tensor(seen), _tensor(photo.resize((ZOOM * width, ZOOM * height), resample, part))
+    return seen, (left * x, top * y, (left + width) * x, (top + height) * y)
+
+
+def _resampling(facts: ModelFacts) -> Image.Resampling:
+    return Image.Resampling[str(_data(facts).get("interpolation", "bicubic")).upper()]
+
+
+def _normal(photo: Image.Image, facts: ModelFacts) -> Tensor:
+    mean, std = _statistics(facts)
+    return (_tensor(photo) - mean) / std
 
 
 def _tensor(photo: Image.Image) -> Tensor:
