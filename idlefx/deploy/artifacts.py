@@ -14,6 +14,7 @@ from idlefx.deploy.onnx import check_libraries, verify_onnx, write_onnx
 from idlefx.deploy.parity import check_parity
 from idlefx.deploy.program import Program, make_program
 from idlefx.errors import InputError
+from idlefx.records import ModelFacts
 from idlefx.runtime.module import IdleModule
 from idlefx.utils.files import check_writable, whole_file
 
@@ -27,10 +28,17 @@ class Artifact:
     Attributes:
         metadata: What the file says of itself; see `idlefx.deploy.manifest.manifest_of`.
         plan: Which block keeps how many image tokens.
+        facts: What is known of the model's images and classes.
+        device: Where its inputs must be.
+        dtype: The number type of its images.
     """
 
     def __init__(self, metadata: dict[str, Any], run: Any) -> None:
         self.metadata, self.plan, self._run = metadata, plan_of(metadata["plan"]), run
+        classes = metadata["classes"]
+        self.facts = ModelFacts(tuple(metadata["image_size"]), metadata["data"], tuple(classes) if classes else None)
+        self.device: torch.device = torch.device(metadata["device"])
+        self.dtype: torch.dtype = getattr(torch, metadata["dtype"])
         names = metadata["arguments"]["fields"]
         self._signature = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
 
