@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from idlefx.pipeline import convert, inspect, with_cut_loss
     from idlefx.planning.selectors import selector
     from idlefx.records import Block, BlockTable, Plan, Step
+    from idlefx.reporting.comparison.compare import compare
+    from idlefx.reporting.comparison.record import Comparison, OutputChange
     from idlefx.reporting.cost_report import Report, report
     from idlefx.reporting.token_map import draw
     from idlefx.runtime.conversion import Conversion
@@ -31,10 +33,10 @@ if TYPE_CHECKING:
 
 __version__: str
 __all__ = [
-    "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "Conversion", "IdleFxError",
-    "IdleModule", "InputError", "ParityError", "PassError", "Plan", "PlanError", "PlanOptions", "Report", "Step",
-    "TrainingError", "compile", "convert", "draw", "emit", "inspect", "load", "package", "report",
-    "selector", "with_cut_loss",
+    "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "Comparison", "Conversion",
+    "IdleFxError", "IdleModule", "InputError", "OutputChange", "ParityError", "PassError", "Plan", "PlanError",
+    "PlanOptions", "Report", "Step", "TrainingError", "compare", "compile", "convert", "draw", "emit", "inspect",
+    "load", "package", "report", "selector", "with_cut_loss",
 ]  # fmt: skip
 
 # A name is imported when it is first used: whoever only converts loads neither Matplotlib nor Inductor.
@@ -46,6 +48,8 @@ _HOMES = {
     "pipeline": ("convert", "inspect", "with_cut_loss"),
     "planning.selectors": ("selector",),
     "records": ("Block", "BlockTable", "Plan", "Step"),
+    "reporting.comparison.compare": ("compare",),
+    "reporting.comparison.record": ("Comparison", "OutputChange"),
     "reporting.cost_report": ("Report", "report"),
     "reporting.token_map": ("draw",),
     "runtime.conversion": ("Conversion",),

@@ -1,1 +1,1 @@
-"""What a conversion does, told: tables of cost, pictures of tokens. Imports rewriting and below; not passes or demo."""
+"""What a conversion does: tables of cost and changes, pictures. Imports rewriting and below; not passes or demo."""
