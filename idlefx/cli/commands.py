@@ -17,6 +17,7 @@ from idlefx.capture.inputs import call, guess_inputs
 from idlefx.capture.models import load_model
 from idlefx.cli.arguments import plan_options
 from idlefx.cli.bench import Campaign
+from idlefx.cli.compare import compare_models
 from idlefx.cli.exit_codes import FAILED
 from idlefx.demo.glyphs import Glyphs
 from idlefx.deploy.artifacts import check_path
@@ -61,6 +62,11 @@ def convert(options: argparse.Namespace) -> None:
         print(idlefx.emit(idle, options.emit, model=options.model, **artifact))
 
 
+def compare(options: argparse.Namespace) -> int:
+    """Print what conversions change on the images in a folder."""
+    return compare_models(options, _model, _example)
+
+
 def bench(options: argparse.Namespace) -> int:
     """Time dense and idling models."""
     return Campaign(options, _model, _example).run()
@@ -84,7 +90,7 @@ def zoo(options: argparse.Namespace) -> int:
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
-    "inspect": inspect, "convert": convert, "draw": draw, "bench": bench, "zoo": zoo,
+    "inspect": inspect, "convert": convert, "compare": compare, "draw": draw, "bench": bench, "zoo": zoo,
 }  # fmt: skip
 
 
