@@ -38,7 +38,8 @@ def parsed(command, *words):
 
 def planned(command, *words):
     options = parsed(command, *words)
-    return plan_options(options, keep=options.keep[0]) if command == "bench" else plan_options(options)
+    several = {"keep": options.keep[0], "idle": options.idle[0]} if command == "bench" else {}
+    return plan_options(options, **several)
 
 
 def plan_of(*words):

@@ -21,7 +21,7 @@ from idlefx.capture.inputs import call
 from idlefx.errors import InputError
 from idlefx.pipeline import with_cut_loss
 from idlefx.reporting.cost_report import report
-from idlefx.runtime.module import IdleModule
+from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.utils.devices import check_dtype, machine_in_words, present
 
 
@@ -45,7 +45,7 @@ def bench(
     """Time the dense and the idling model, call by call in turn, in one warm process.
 
     Inference runs in evaluation mode. A training step is made in train mode, on copies: forward, cross-entropy,
-    backward and AdamW, the idling model with its token cut loss; another `dtype` than float32 means autocast then.
+    backward and AdamW, a resting model with its token cut loss; another `dtype` than float32 means autocast then.
 
     Args:
         dense: The original model.
@@ -77,7 +77,7 @@ def bench(
     with _ready(dense, idle, peers, device, dtype, training) as models, torch.inference_mode(not training):
         weight = next(models[DENSE].parameters())
         amp = dtype if training and dtype != torch.float32 else None
-        prepare = _steps(amp) if training else dict.fromkeys(models, _call)
+        prepare = _steps(amp, cut=_rests(idle)) if training else dict.fromkeys(models, _call)
         found = replace(found, machine=machine_in_words(weight) + (f", autocast to {amp}" if amp else ""))
         for batch in tqdm(batches, desc="bench", unit="batch", leave=False, disable=not progress):
             case = BenchCase(models, prepare, partial(_resized, example, batch, weight), batch, weight.device)
@@ -111,7 +111,7 @@ def _ready(
     models = {DENSE: dense, IDLE: idle, **{peer.name: peer.model for peer in peers}}
     if training or device is not None or dtype is not None:
         models = {n: deepcopy(m).to(target, None if training else dtype) for n, m in models.items()}
-    if training:
+    if training and _rests(idle):
         models[IDLE] = with_cut_loss(models[IDLE])  # type: ignore[arg-type]
     modes = {module: module.training for model in models.values() for module in model.modules()}
     for model in models.values():
@@ -119,8 +119,15 @@ def _ready(
     try:
         yield models
     finally:
-        for module, mode in modes.items():
+        for module, mode in modes.items():  # parents first; a converted model swaps its graph with its mode
+            if isinstance(module, IdleModule):
+                module.train(mode)
             module.training = mode
+
+
+def _rests(idle: IdleModule) -> bool:
+    """Whether its idle tokens rest, which is what the token cut loss is for."""
+    return conversion_of(idle).plan.idle == "rest"
 
 
 def _gmacs(idle: IdleModule, peers: Sequence[Baseline]) -> dict[str, float]:
@@ -141,5 +148,5 @@ def _call(model: nn.Module, run: Callable[..., Any], inputs: Any) -> tuple[Run, 
     return lambda: call(run, inputs), [t for t in resident if isinstance(t, Tensor)]
 
 
-def _steps(amp: torch.dtype | None) -> dict[str, Prepare]:
-    return {name: partial(training_step, amp=amp, cut=name == IDLE) for name in (DENSE, IDLE)}
+def _steps(amp: torch.dtype | None, *, cut: bool) -> dict[str, Prepare]:
+    return {name: partial(training_step, amp=amp, cut=cut and name == IDLE) for name in (DENSE, IDLE)}

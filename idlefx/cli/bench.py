@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -91,11 +92,13 @@ class Campaign:
         example = self.example_of(options, model)
         layers = options.layers or quarters(inspect(model, example, prefix=options.prefix))
         plans = []
-        for keep in options.keep:
-            plan = plan_options(options, layers=layers, keep=keep)
+        for word, keep in product(options.idle, options.keep):
+            plan = plan_options(options, layers=layers, keep=keep, idle=word)
             idle = convert(model, example_inputs=example, **plan.to_dict())
             plans.append(idle.plan)
-            title = f"{name}, layers {' '.join(map(str, layers))}, keep {' '.join(map(str, keep))}"
+            numbers = {"layers": layers, "keep": keep}
+            told = [f"{what} {' '.join(map(str, each))}" for what, each in numbers.items()]
+            title = ", ".join([name, *told, *([] if word == "rest" else [word])])
             found = self._bench(title, model, idle, example)
             self.done.append(found)
             print(render(found), end="\n\n", flush=True)

@@ -19,6 +19,10 @@ def add_options(parser: Parser) -> None:
             "action": NumberLists, "default": [[0.7]],
             "help": "ratios to time: 0.7 0.5 are two runs, 0.7,0.5,0.3 is one run with a ratio for each layer",
         },
+        idle={
+            "nargs": "+", "default": ["rest"],
+            "help": "what idle tokens do: rest, or follow the worker most like them; both are runs of their own",
+        },
     )  # fmt: skip
     add_renamed(
         parser, "--batch-size", "--batch",
