@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import fx
@@ -56,8 +57,10 @@ def infer(node: fx.Node) -> Any:
     remembered = _REMEMBERED.setdefault(mode, {})
     if signature in remembered:
         return remembered[signature]
-    # The Python dispatcher keeps the batch symbolic where some C++ kernels would ask for its value.
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    # The Python dispatcher keeps the batch symbolic where some C++ kernels would ask for its value. Torch's own memory
+    # of calls is left out: to write a call down costs it as much again, and the same call does not come twice here.
+    unremembered = patch.object(mode, "cache_enabled", False, create=True)
+    with unremembered, mode, torch.no_grad(), enable_python_dispatcher():
         value = run_target(node, args, kwargs)
     if signature is not None:
         remembered[signature] = value
