@@ -17,7 +17,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import treespec_leaf, treespec_tuple
 
 from idlefx.analysis.attention import Core
-from idlefx.analysis.blocks import image_input, open_block
+from idlefx.analysis.blocks import image_input, open_blocks
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import only_made_for
 from idlefx.graph.queries import output_of
@@ -32,17 +32,15 @@ def add_cut_loss(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Insert the losses of the plan's blocks; their heads must be there (`select`), and the blocks still be dense."""
     graph = module.graph
     found = []
-    for step in plan:
-        if step.idles:
-            block = plan.blocks[step.block]
-            opened = open_block(graph, block)
-            index = only_made_for(graph, block.index, "index")
-            with graph.inserting_before(opened.exit):
-                head = Head(graph, block, opened)
-                pairs = [_pair(head, core, block.affine and not core.scalings) for core in opened.cores]
-                queries, keys = (_joined(head, list(parts)) for parts in zip(*pairs, strict=True))
-                given = (queries, keys, index, block.prefix)
-                found.append(head.add(cut_loss.token_cut, *given, name="cut", role="cut loss"))
+    blocks = [plan.blocks[step.block] for step in plan if step.idles]
+    for block, opened in zip(blocks, open_blocks(graph, blocks), strict=True):
+        index = only_made_for(graph, block.index, "index")
+        with graph.inserting_before(opened.exit):
+            head = Head(graph, block, opened)
+            pairs = [_pair(head, core, block.affine and not core.scalings) for core in opened.cores]
+            queries, keys = (_joined(head, list(parts)) for parts in zip(*pairs, strict=True))
+            given = (queries, keys, index, block.prefix)
+            found.append(head.add(cut_loss.token_cut, *given, name="cut", role="cut loss"))
     _return_too(graph, found)
     return module
 

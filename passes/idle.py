@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from idlefx.analysis.blocks import Opened, open_block
+from idlefx.analysis.blocks import Opened, open_blocks
 from idlefx.analysis.subset import Subset
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import Made, Role, only_made_for
@@ -23,10 +23,11 @@ from idlefx.runtime import gather_scatter
 
 def idle_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite the blocks of the plan; their heads must be there (`select`)."""
+    steps = [step for step in plan if step.idles]
+    blocks = [plan.blocks[step.block] for step in steps]
+    opened_blocks = open_blocks(module.graph, blocks)
     # From the last to the first, so that a block's entry is still the node that the table names.
-    for step in reversed([step for step in plan if step.idles]):
-        block = plan.blocks[step.block]
-        opened = open_block(module.graph, block)
+    for step, block, opened in reversed(list(zip(steps, blocks, opened_blocks, strict=True))):
         with module.graph.inserting_before(opened.exit):
             scatter = _work(module.graph, block, opened, step)
         opened.exit.replace_all_uses_with(scatter)

@@ -10,7 +10,7 @@ import operator
 
 from torch import fx
 
-from idlefx.analysis.blocks import open_block
+from idlefx.analysis.blocks import open_blocks
 from idlefx.records import Plan
 from idlefx.rewriting.selector_head import Head
 from idlefx.runtime import ops
@@ -20,15 +20,14 @@ def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Insert the selector heads of the plan."""
     graph = module.graph
     before: fx.Node | None = None
-    for step in plan:
-        if step.idles:
-            block = plan.blocks[step.block]
-            opened = open_block(graph, block)
-            with graph.inserting_before(opened.exit):
-                head = Head(graph, block, opened)
-                given = (head.build(step), block.prefix, step.kept, *([] if before is None else [before]))
-                choice = head.add(ops.choose_tokens, *given, name="choice", role="choice")
-                index = head.add(operator.getitem, choice, 0, name="index", role="index")
-                head.add(operator.getitem, choice, 1, name="place", role="place")
-            before = None if plan.reselect else index
+    steps = [step for step in plan if step.idles]
+    blocks = [plan.blocks[step.block] for step in steps]
+    for step, block, opened in zip(steps, blocks, open_blocks(graph, blocks), strict=True):
+        with graph.inserting_before(opened.exit):
+            head = Head(graph, block, opened)
+            given = (head.build(step), block.prefix, step.kept, *([] if before is None else [before]))
+            choice = head.add(ops.choose_tokens, *given, name="choice", role="choice")
+            index = head.add(operator.getitem, choice, 0, name="index", role="index")
+            head.add(operator.getitem, choice, 1, name="place", role="place")
+        before = None if plan.reselect else index
     return module

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import idlefx
-from idlefx.analysis.blocks import find_blocks, open_block
+from idlefx.analysis.blocks import find_blocks, open_blocks
 from idlefx.analysis.subset import Subset
 from idlefx.capture.export import capture
 from idlefx.graph.build import add_call
@@ -157,14 +157,14 @@ def test_block_that_cannot_be_followed_is_no_block_to_open():
     graph = spell(capture(model, images(model, 2)).eval_graph)
     mixing = find_blocks(graph)[1]
     with pytest.raises(idlefx.BlockError, match=r"block 1 \(blocks\.1\).*conv1d.*over neighbouring tokens"):
-        open_block(graph.graph, mixing)
+        open_blocks(graph.graph, [mixing])
 
 
 def test_tokens_that_an_operation_takes_apart_are_refused_by_the_rebuilder():
     model = timm.create_model("eva02_tiny_patch14_224", img_size=48, patch_size=8, embed_dim=48, depth=1, num_heads=3)
     graph = spell(capture(model.eval(), images(model, 2)).eval_graph)
     block = find_blocks(graph)[0]
-    opened = open_block(graph.graph, block)
+    (opened,) = open_blocks(graph.graph, [block])
     half = block.tokens // 2
     any_half = Subset(None, (), tuple(range(block.tokens)), half)  # though the block cuts behind the class token
     with graph.graph.inserting_before(opened.exit):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
@@ -38,8 +37,6 @@ from idlefx.graph.queries import (
 )
 from idlefx.graph.sizes import follows_batch, shape_of
 from idlefx.records import Block, BlockTable
-
-aten = torch.ops.aten
 
 
 def image_input(graph: fx.Graph) -> fx.Node:
@@ -102,22 +99,24 @@ class Opened:
         return [n for n in dominator_chain(self.flow, image_input(node.graph), node) if n in self.walk]
 
 
-def open_block(graph: fx.Graph, block: Block) -> Opened:
-    """Find the nodes of a block of the table and follow the tokens through them.
+def open_blocks(graph: fx.Graph, blocks: Iterable[Block]) -> list[Opened]:
+    """Find the nodes of blocks of the table and follow the tokens through them.
 
     Raises:
-        BlockError: The tokens cannot be followed, as the block is one that cannot idle.
+        BlockError: The tokens cannot be followed, as a block is one that cannot idle.
     """
-    names = by_name(graph)
-    entry, leave = names[block.entry], names[block.exit]
-    flow = data_flow(graph, image_input(graph))
-    nodes = region(flow, entry, leave)
-    try:
-        walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dim, block.batch_dim)})
-    except RefusedOperation as refusal:
-        raise BlockError(f"blocks: block {block.index} ({block.path}) cannot be opened: {refusal}") from refusal
-    cores = tuple(core for core in find_cores(graph) if core.out.name in block.cores)
-    return Opened(entry, leave, cores, nodes, walk, flow)
+    names, cores, flow = by_name(graph), find_cores(graph), data_flow(graph, image_input(graph))
+    opened: list[Opened] = []
+    for block in blocks:
+        entry, leave = names[block.entry], names[block.exit]
+        nodes = region(flow, entry, leave)
+        try:
+            walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dim, block.batch_dim)})
+        except RefusedOperation as refusal:
+            raise BlockError(f"blocks: block {block.index} ({block.path}) cannot be opened: {refusal}") from refusal
+        own = tuple(core for core in cores if core.out.name in block.cores)
+        opened.append(Opened(entry, leave, own, nodes, walk, flow))
+    return opened
 
 
 def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, fx.Node], prefix: Any) -> Block:
