@@ -39,10 +39,12 @@ def written(node: fx.Node) -> list[fx.Node]:
 def has_effect(node: fx.Node) -> bool:
     """Whether a node does something, though nobody may read it: it writes, or it is an operator made to be run."""
     schema = getattr(node.target, "_schema", None)
-    runs_only = schema is not None and not schema.returns and not schema.name.startswith("aten::")
+    if schema is not None:
+        runs_only = not schema.returns and not schema.name.startswith("aten::")
+        return runs_only or bool(written(node))
+    # What has no schema may run a part of the module, which it reads as an attribute.
     parts = [_behind(i) for i in node.all_input_nodes if i.op == "get_attr"]
-    inner = (n for part in parts if isinstance(part, fx.GraphModule) for n in part.graph.nodes)
-    return runs_only or bool(written(node)) or any(map(has_effect, inner))
+    return any(has_effect(n) for part in parts if isinstance(part, fx.GraphModule) for n in part.graph.nodes)
 
 
 class Memory:
