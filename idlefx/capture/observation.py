@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -85,7 +86,7 @@ class _Recorder(TorchDispatchMode):
         self.stream: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        settings = tree_map_only(torch.Tensor, lambda t: tuple(t.shape), (args, kwargs or {}))
+        settings = map_aggregate((args, kwargs or {}), lambda a: tuple(a.shape) if isinstance(a, torch.Tensor) else a)
         self.stream.append(f"{func} {settings}")
         return func(*args, **(kwargs or {}))
 
