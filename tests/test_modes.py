@@ -1,5 +1,6 @@
 """Parts in another mode than the model stay in it, and a warning says which; lost checkpoints are announced too."""
 
+import cProfile
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 import idlefx
+from idlefx.capture.modes import checkpoints_seen
 from idlefx.deploy import torch_compile
 from tests.models.small import build, images
 from tests.support.messages import says
@@ -140,6 +142,18 @@ def test_the_line_of_the_checkpoint_is_the_users():
     model = Own(reentrant=False)
     _, words = converted(model, 0.5, images(model.vit, 2))
     assert len(words) == 1 and says(words[0], r"test_modes\.py:\d+\)")
+
+
+def test_a_profiler_goes_on_while_checkpoints_are_looked_for():
+    profiler = cProfile.Profile()
+    profiler.enable()
+    try:
+        with checkpoints_seen():
+            pass
+        says("", "seen")
+    finally:
+        profiler.disable()
+    assert any(says.__code__ is entry.code for entry in profiler.getstats())
 
 
 @pytest.mark.parametrize("make", [lambda: Own(False), lambda: vit().train()], ids=["own", "timm"])

@@ -55,9 +55,15 @@ class Modes:
 
 @contextmanager
 def checkpoints_seen() -> Iterator[list[str]]:
-    """Collect the lines at which what runs meanwhile calls `torch.utils.checkpoint`, however it was imported."""
+    """Collect the lines at which what runs meanwhile calls `torch.utils.checkpoint`, however it was imported.
+
+    Nothing is collected under a profiler written in C, whose place this takes otherwise.
+    """
     lines: list[str] = []
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
+    if before is not None and not callable(before):  # cProfile before Python 3.12, which only its owner can put back
+        yield lines
+        return
 
     def watch(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename == _CHECKPOINT and not lines:
