@@ -1,5 +1,6 @@
 """Sizes of traced tensors as plain numbers: the free batch, which the trace leaves a symbol, is stood in for."""
 
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -16,9 +17,13 @@ def number(size: Any, batch: int = FREE_BATCH) -> int:
     if isinstance(size, fx.Node):
         size = size.meta["val"]
     if isinstance(size, torch.SymInt):
-        expression = sympy.sympify(size.node.expr)
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
+        return _for_batch(sympy.sympify(size.node.expr), batch)
     return int(size)
+
+
+@lru_cache(1024)  # a model has few different sizes, which the analysis asks for thousands of times
+def _for_batch(expression: sympy.Expr, batch: int) -> int:
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 
 def follows_batch(size: Any) -> bool:
