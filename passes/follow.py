@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from idlefx.analysis.blocks import Opened, open_block
+from idlefx.analysis.blocks import Opened, open_blocks
 from idlefx.analysis.key_axis import KeyAxis, key_axis
 from idlefx.analysis.subset import Subset
 from idlefx.graph import inference
@@ -33,9 +33,11 @@ aten = torch.ops.aten
 
 def follow_workers(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Rewrite the stages of the plan; their groups must be there (`group`)."""
+    blocks = [plan.blocks[step.block] for steps in plan.stages for step in steps]
+    opened = {block.index: dense for block, dense in zip(blocks, open_blocks(module.graph, blocks), strict=True)}
     # From the last to the first, so that a block's entry is still the node that the table names.
     for steps in reversed(plan.stages):
-        _Stage(module.graph, plan, steps).rewrite()
+        _Stage(module.graph, plan, steps, opened).rewrite()
     remove_dead(module.graph)
     return module
 
@@ -48,32 +50,41 @@ class _Stage:
         graph: The graph.
         plan: The plan.
         steps: Those of the stage.
+        opened: The blocks, by index.
     """
 
     graph: fx.Graph
     plan: Plan
     steps: Sequence[Step]
+    opened: dict[int, Opened]
     _reads: dict[Any, fx.Node] = field(default_factory=dict)  # what was read by position, for all blocks
     _terms: dict[Any, fx.Node] = field(default_factory=dict)  # what is added to logits, for all blocks
 
     def rewrite(self) -> None:
         """Run the stage on the means of its groups."""
         blocks = [self.plan.blocks[step.block] for step in self.steps]
-        dense = first = open_block(self.graph, blocks[0])
+        dense = first = self.opened[blocks[0].index]
         with self.graph.inserting_before(first.exit):
             means = self._average(first.entry)
         stream = means
         for block, next_block in zip(blocks, [*blocks[1:], None], strict=True):
-            behind = open_block(self.graph, next_block) if next_block is not None else None
+            behind = self.opened[next_block.index] if next_block is not None else None
             readers = _readers(dense.exit, behind)
             with self.graph.inserting_before(dense.exit):
                 stream = self._work(block, dense, stream)
                 if readers:
                     restored = self._restore(block, first.entry, means, stream)
                     dense.exit.replace_all_uses_with(restored, readers.__contains__)
+                    self._open_anew(readers)
             # What asks for sizes alone need not wait for the blocks.
             dense.exit.replace_all_uses_with(first.entry, lambda user: not _reads_tokens(user))
             dense = behind or dense
+
+    def _open_anew(self, readers: set[fx.Node]) -> None:
+        """Open the blocks of the stage again of which a node reads something else now."""
+        for step in self.steps:
+            if not readers.isdisjoint(self.opened[step.block].nodes):
+                (self.opened[step.block],) = open_blocks(self.graph, [self.plan.blocks[step.block]])
 
     @property
     def _block(self) -> Block:

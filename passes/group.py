@@ -10,7 +10,7 @@ import operator
 
 from torch import fx
 
-from idlefx.analysis.blocks import open_block
+from idlefx.analysis.blocks import open_blocks
 from idlefx.records import Plan
 from idlefx.rewriting.likeness import class_logits, normalised_input
 from idlefx.rewriting.selector_head import Head
@@ -20,9 +20,9 @@ from idlefx.runtime import following
 def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Insert the groups of the plan's stages."""
     graph = module.graph
-    for step, *_ in plan.stages:
-        block = plan.blocks[step.block]
-        opened = open_block(graph, block)
+    steps = [step for step, *_ in plan.stages]
+    blocks = [plan.blocks[step.block] for step in steps]
+    for step, block, opened in zip(steps, blocks, open_blocks(graph, blocks), strict=True):
         with graph.inserting_before(opened.exit):
             head = Head(graph, block, opened)
             evidence = (normalised_input(head), class_logits(head))

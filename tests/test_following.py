@@ -4,49 +4,29 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import idlefx
 from idlefx.graph.notes import made_for
-from idlefx.runtime.selections import groups
 from idlefx.zoo.reference import Tokens
 from tests.models.generated import Config, inputs
 from tests.models.generated import build as build_generated
 from tests.models.generated.config import CHOICES
 from tests.models.small import DEPTH, MODELS, build, images
-from tests.oracles import following, following_generated, following_zoo
-from tests.oracles.following import Stage
+from tests.oracles import following_generated, following_zoo
 from tests.support.cases import relative_error
-from tests.support.generated_check import error_of
+from tests.support.following_check import agrees, stages_of
 
 BASIC = ("vit", "gap", "hand_written")
 PATHS = [f"blocks.{index}" for index in range(DEPTH)]
-CLEAR = 1e-5  # a narrower choice is decided by rounding
 
 
 def converted(name: str, **options: Any) -> tuple[nn.Module, idlefx.IdleModule]:
     model = build(name)
     plan = {"layers": [0, 2], "keep": 0.6, "idle": "follow", "example_inputs": images(model, 2, seed=99)}
     return model, idlefx.convert(model, **(plan | options))
-
-
-def stages_of(idle: idlefx.IdleModule) -> list[Stage]:
-    return [Stage(steps[0].block, steps[-1].block + 1, steps[0].kept) for steps in idle.plan.stages]
-
-
-def agrees(idle: idlefx.IdleModule, x: tuple[torch.Tensor, ...], expected: following.Result) -> bool:
-    """Whether a converted model groups and computes as the reference does; False where rounding decides."""
-    if expected.margin <= CLEAR:
-        return False
-    with torch.no_grad():
-        told, output = groups(idle, *x), idle(*x)
-    for block, wanted in expected.groups.items():
-        assert torch.equal(told[block], wanted.leaders)
-    assert error_of(output, expected.output) <= 1e-5
-    return True
 
 
 @pytest.mark.parametrize("name", [n if n in BASIC else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
@@ -175,38 +155,6 @@ def test_gradients_reach_all_tokens_and_parameters():
     patches = x.grad.unfold(2, 8, 8).unfold(3, 8, 8).abs().sum((1, 4, 5))
     assert (patches > 0).all()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in idle.parameters())
-
-
-class Causal(nn.Module):
-    """A block whose attention takes no mask besides its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class CausalVit(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 16, 4, 4)
-        self.block = Causal()
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.block(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
-
-
-def test_attention_that_takes_no_term_is_refused_for_following_alone():
-    model, x = CausalVit(), torch.randn(2, 3, 16, 16)
-    words = r"block 0 \(block\) can rest but not follow: .*is causal, and takes no other mask.*test_following.py:\d+: "
-    with pytest.raises(idlefx.PlanError, match=words):
-        idlefx.convert(model, [0], 0.5, idle="follow", example_inputs=x)
-    assert idlefx.convert(model, [0], 0.5, example_inputs=x)(x).shape == (2, 10)
-    assert "rest only: " in str(idlefx.inspect(model, x))
 
 
 def test_there_is_no_cut_loss_of_tokens_that_follow():

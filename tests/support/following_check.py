@@ -1,0 +1,27 @@
+"""Hold a model whose tokens follow against what the reference says."""
+
+import torch
+
+import idlefx
+from idlefx.runtime.selections import groups
+from tests.oracles import following
+from tests.oracles.following import Stage
+from tests.support.generated_check import error_of
+
+CLEAR = 1e-5  # a narrower choice is decided by rounding
+
+
+def stages_of(idle: idlefx.IdleModule) -> list[Stage]:
+    return [Stage(steps[0].block, steps[-1].block + 1, steps[0].kept) for steps in idle.plan.stages]
+
+
+def agrees(idle: idlefx.IdleModule, x: tuple[torch.Tensor, ...], expected: following.Result) -> bool:
+    """Whether a converted model groups and computes as the reference does; False where rounding decides."""
+    if expected.margin <= CLEAR:
+        return False
+    with torch.no_grad():
+        told, output = groups(idle, *x), idle(*x)
+    for block, wanted in expected.groups.items():
+        assert torch.equal(told[block], wanted.leaders)
+    assert error_of(output, expected.output) <= 1e-5
+    return True
