@@ -26,8 +26,7 @@ def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         with graph.inserting_before(opened.exit):
             head = Head(graph, block, opened)
             evidence = (normalised_input(head), class_logits(head))
-            anchors = following.anchors(block.image_positions, step.kept)
-            told = (*evidence, block.prefix, anchors, step.kept)
+            told = (*evidence, block.prefix, step.kept, following.anchors(step.tokens, step.kept))
             groups = head.add(following.group_tokens, *told, name="groups", role="choice")
             workers = head.add(operator.getitem, groups, 0, name="index", role="index")
             place = head.add(operator.getitem, groups, 1, name="place", role="place")

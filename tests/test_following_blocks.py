@@ -74,7 +74,7 @@ class CausalVit(nn.Module):
 
 def test_attention_that_takes_no_term_is_refused_for_following_alone():
     model, x = CausalVit(), torch.randn(2, 3, 16, 16)
-    words = r"block 0 \(block\) can rest but not follow: .*is causal, and takes no other mask.*test_following_blocks.py:\d+: "
+    words = r"block 0 \(block\) can rest but not follow: .*is causal, and takes no other mask.*blocks.py:\d+: "
     with pytest.raises(idlefx.PlanError, match=words):
         idlefx.convert(model, [0], 0.5, idle="follow", example_inputs=x)
     assert idlefx.convert(model, [0], 0.5, example_inputs=x)(x).shape == (2, 10)

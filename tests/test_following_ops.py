@@ -10,9 +10,8 @@ PREFIX = (0, 4)
 
 
 def grouped(x, kept=5, prefix=PREFIX, logits=None):
-    image = tuple(p for p in range(x.shape[1]) if p not in prefix)
-    anchors = following.anchors(image, kept)
-    workers, place, idlers = following.group_tokens(x, logits, prefix, anchors, kept)
+    anchors = following.anchors(x.shape[1] - len(prefix), kept)
+    workers, place, idlers = following.group_tokens(x, logits, prefix, kept, anchors)
     return workers, place, idlers, following.group_sizes(place, workers)
 
 
@@ -27,9 +26,17 @@ def test_groups_are_those_of_the_reference():
     assert torch.equal(everyone, torch.arange(20).expand(8, -1))
 
 
+def test_anchors_are_spread_by_the_golden_ratio():
+    for tokens in (2, 3, 16, 49, 196, 1369, 4096):
+        for kept in {1, 2, tokens // 3 + 1, tokens // 2, tokens - 1}:
+            count, bound = following.anchors(tokens, kept)
+            ranks = torch.arange(tokens)
+            ours = (ranks * following.GOLDEN % following.WHOLE < bound).nonzero().flatten()
+            assert len(ours) == count and ours.tolist() == reference.anchors(tokens, kept)
+
+
 def test_among_equal_tokens_the_first_idle_and_the_first_is_followed():
     workers, place, idlers, _sizes = grouped(torch.ones(1, 8, 4), kept=2, prefix=())
-    assert following.anchors(tuple(range(8)), 2) == (0,)
     assert workers.tolist() == [[0, 7]] and idlers.tolist() == [[1, 2, 3, 4, 5, 6]]
     assert place.tolist() == [[0, 0, 0, 0, 0, 0, 0, 1]]
 

@@ -86,6 +86,18 @@ def test_choice_of_plain_operations_is_one_kernel_too(codes, name):
     assert choosing.count("tl.store") == 2  # who works, and where everyone stands among them
 
 
+def test_between_the_blocks_of_a_following_stage_nothing_is_launched_but_what_dense_blocks_do(codes):
+    before, *inside, after = codes["following"].split("torch.ops.aten._scaled_dot_product_efficient_attention.default(")
+    dense = block(codes["dense"])
+    for part in inside:
+        assert (len(launches(part)), len(calls(part))) == (len(launches(dense)), 4)
+    assert len(inside) == 1
+    # To open a stage: choice, groups and means; to end it: nothing, as tokens are restored where they are normed.
+    opening = before.rpartition("torch.ops.aten._scaled_dot_product_flash_attention.default(")[2]
+    assert len(launches(opening)) <= len(launches(dense)) + 12
+    assert len(launches(after)) == 3 and "tl.atomic" not in codes["following"]
+
+
 def test_gradients_are_put_back_and_not_accumulated(codes):
     assert "tl.atomic" not in codes["gradients"]
     assert calls(codes["gradients"]) == []

@@ -63,10 +63,10 @@ def _logits(node: fx.Node) -> int:
 
 def _grouping(node: fx.Node) -> int:
     """The likeness of all tokens to the anchors, and that of the idle ones to the workers."""
-    (_, tokens, width), (prefix, anchors, kept) = _shape(node.args[0]), node.args[2:]
-    assert isinstance(prefix, tuple) and isinstance(anchors, tuple) and isinstance(kept, int)
+    told: Any = node.args[2:]
+    (_, tokens, width), (prefix, kept, (anchors, _)) = _shape(node.args[0]), told
     workers = len(prefix) + kept
-    return width * (tokens * len(anchors) + (tokens - workers) * workers)
+    return int(width * (tokens * anchors + (tokens - workers) * workers))
 
 
 def _averages(node: fx.Node) -> int:

@@ -12,26 +12,27 @@ from torch import Tensor
 from idlefx.runtime.gather_scatter import IN_EAGER, rows, take_tokens, with_gradient
 from idlefx.runtime.ops import are_prefix, descending
 
-GOLDEN = 0.6180339887498949  # fractional parts of its multiples are spread evenly
+GOLDEN, WHOLE = 2654435769, 2**32  # the golden ratio in whole numbers: multiples of it are spread evenly in the circle
 ATTENDED = 0.1  # how much redundancy a token loses that the class token attends to as much as to the mean one
 
 
-def anchors(image: tuple[int, ...], kept: int) -> tuple[int, ...]:
-    """Positions of the image tokens that always work, spread evenly without knowing the grid.
-
-    Of all M ranks r those `min(⌈M / 6⌉, ⌈K / 3⌉)` with the smallest fractional part of r times the golden ratio.
+def anchors(tokens: int, kept: int) -> tuple[int, int]:
+    """Which of M image tokens always work: those whose rank has a multiple of the golden ratio below a bound.
 
     Args:
-        image: Positions of the M image tokens, ascending.
-        kept: K, how many of them work.
+        tokens: M, image tokens there are.
+        kept: K, image tokens that work.
+
+    Returns:
+        How many anchors there are, `min(⌈M / 6⌉, ⌈K / 3⌉)`, and the bound of `rank * GOLDEN % WHOLE`.
     """
-    count = min(math.ceil(len(image) / 6), math.ceil(kept / 3))
-    ranks = sorted(range(len(image)), key=lambda rank: rank * GOLDEN % 1)[:count]
-    return tuple(image[rank] for rank in sorted(ranks))
+    count = min(math.ceil(tokens / 6), math.ceil(kept / 3))
+    places = sorted(rank * GOLDEN % WHOLE for rank in range(tokens))
+    return count, places[count] if count < tokens else WHOLE
 
 
 def group_tokens(
-    x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], spread: tuple[int, ...], kept: int
+    x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], kept: int, spread: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the tokens that work, and for each other one the worker that it follows.
 
@@ -43,8 +44,8 @@ def group_tokens(
         x: What the likeness is of (B, N, C).
         logits: Logits of the class token (B, N), scaled as in its attention and up to a constant; None without one.
         prefix: Positions of the P prefix tokens, which work and are followed by nobody.
-        spread: Positions of the anchors, which work.
         kept: K, how many image tokens work; W = P + K.
+        spread: What `anchors` says of them; they always work.
 
     Returns:
         Positions of the workers, ascending (B, W); for each token the place of its worker among these (B, N); and the
@@ -53,21 +54,25 @@ def group_tokens(
     precision = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         unit = torch.nn.functional.normalize(x.to(precision), dim=-1)
-        count, device = x.shape[1], x.device
-        working = torch.tensor([p in prefix or p in spread for p in range(count)], device=device)
-        likeness = (unit @ unit[:, torch.tensor(spread, device=device)].mT).amax(-1)
+        count, positions = x.shape[1], torch.arange(x.shape[1], device=x.device)
+        fixed, (anchor_count, bound) = are_prefix(positions, prefix), spread
+        turns = ((1 - fixed.to(positions.dtype)).cumsum(0) - 1) * GOLDEN % WHOLE
+        working = torch.where(fixed, -1, turns) < bound
+        anchored = torch.where(fixed, WHOLE, turns).argsort().narrow(0, 0, anchor_count)
+        likeness = (unit @ take_tokens(unit, anchored.expand(x.shape[0], -1)).mT).amax(-1)
         redundancy = likeness
         if logits is not None:
             attention = logits.to(precision).masked_fill(working, -math.inf).softmax(-1)
-            redundancy = likeness - ATTENDED * attention * (count - len(prefix) - len(spread))
+            redundancy = likeness - ATTENDED * attention * (count - len(prefix) - anchor_count)
         order = descending(redundancy.masked_fill(working, -math.inf))
         idle = count - len(prefix) - kept
-        order = torch.where(torch.arange(count, device=device) < idle, order + count, order).sort(dim=1).values
-        workers, idlers = order[:, : count - idle], order[:, count - idle :] - count
+        order = torch.where(positions < idle, order + count, order).sort(dim=1).values
+        workers, idlers = order.narrow(1, 0, count - idle), order.narrow(1, count - idle, idle) - count
         cosines = take_tokens(unit, idlers) @ take_tokens(unit, workers).mT
         cosines = cosines.masked_fill(are_prefix(workers, prefix).unsqueeze(1), -math.inf)
-        own = torch.arange(count - idle, device=device).expand(x.shape[0], -1)
-        place = torch.cat([own, cosines.argmax(-1)], 1).gather(1, (order % count).argsort(dim=1))
+        slots = (order % count).argsort(dim=1)
+        works = slots < count - idle
+        place = torch.where(works, slots, cosines.argmax(-1).gather(1, (slots - count + idle).clamp(min=0)))
     return workers, place, idlers
 
 

@@ -1,8 +1,8 @@
 """Let Inductor write its code for a GPU on a machine that has none; the code is read, never run.
 
 `python -m tests.support.mock_cuda` prints, as JSON, what it generates in bfloat16 for a dense model, for its idling
-twin (with a batch of eight and with a free batch), for the gradients of taking and putting tokens, and for a careless
-spelling of an idling block. It patches torch all over, so it runs in a process of its own.
+twin (with a batch of eight and with a free batch), for one whose tokens follow, for the gradients of taking and putting
+tokens, and for a careless spelling of an idling block. It patches torch all over, so it runs in a process of its own.
 """
 
 import contextlib
@@ -152,16 +152,21 @@ def generated(
 
 
 def of_model(model: idlefx.IdleModule, dynamic: bool = False) -> str:
-    """The code of a captured model, its attention being the flash kernel that a GPU would choose."""
+    """The code of a captured model, its attention being the kernel that a GPU would choose: flash takes no mask."""
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None) -> Tensor:
-        return aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, False, False, scale=scale)[0]
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *_: Any, scale: float | None = None
+    ) -> Tensor:
+        if mask is None:
+            return aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, False, False, scale=scale)[0]
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+        return aten._scaled_dot_product_efficient_attention.default(q, k, v, mask, False, scale=scale)[0]
 
     (example,), _ = example_of(model)
     model = copy.deepcopy(model)
     for node in model.graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
-            node.target = flash
+            node.target = attend
     model.recompile()
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
@@ -198,10 +203,10 @@ def old_choice(scores: Tensor) -> tuple[Tensor, Tensor]:
         return ops.choose_tokens(scores, (0,), KEPT)
 
 
-def converted(keep: float, **options: Any) -> idlefx.IdleModule:
+def converted(keep: float, idle: str = "rest", **options: Any) -> idlefx.IdleModule:
     """A small model of which all blocks but the first idle."""
     model: nn.Module = timm.create_model("deit_small_patch16_224", depth=DEPTH, **options).eval().bfloat16()
-    return idlefx.convert(model, [1], keep)
+    return idlefx.convert(model, [1], keep, idle=idle)
 
 
 def main() -> None:
@@ -212,6 +217,7 @@ def main() -> None:
         "dense": of_model(dense),
         "idle": of_model(idle),
         "idle, free batch": of_model(idle, dynamic=True),
+        "following": of_model(converted(0.7, "follow")),
         "many tokens": of_model(converted(0.7, img_size=448)),
         "choice": generated(plain_choice, ((BATCH, TOKENS), torch.float32)),
         "choice on an old GPU": generated(old_choice, ((BATCH, TOKENS), torch.float32)),
