@@ -13,19 +13,22 @@ NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm}
 FORGETS = 0.1  # relative difference that doubling the input may make, for what is added to variances
 
 
+class _Found(Exception):
+    """Ends a run whose rest nobody needs; holds the normalised stream."""
+
+
 class _Calls(TorchFunctionMode):
     """Watches for norms of a stream that are called as functions."""
 
     def __init__(self, stream: Tensor) -> None:
         super().__init__()
         self.stream = stream
-        self.normalised: Tensor | None = None
         self._tries = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in NORMS and self._is_stream(args[0]):
-            self.normalised = result
+            raise _Found(result)
         return result
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -37,10 +40,10 @@ class _Calls(TorchFunctionMode):
             doubled = module(2 * args[0])
             self._tries = False
             if (doubled - result).norm() < FORGETS * result.norm():
-                self.normalised = result
+                raise _Found(result)
 
     def _is_stream(self, x: Any) -> bool:
-        if self._tries or self.normalised is not None or not isinstance(x, Tensor):
+        if self._tries or not isinstance(x, Tensor):
             return False
         return x.shape == self.stream.shape and torch.equal(x, self.stream)
 
@@ -52,6 +55,8 @@ def first_norm(stream: Tensor, run: Callable[[], Any]) -> Tensor | None:
     try:
         with calls:
             run()
+    except _Found as found:
+        return found.args[0]
     finally:
         hook.remove()
-    return calls.normalised
+    return None
