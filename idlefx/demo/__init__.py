@@ -1,1 +1,1 @@
-"""Drawn scenes and a small trained model for them. Imports rewriting and below; not passes or reporting."""
+"""Two models and scenes for them: small ones that are drawn, real ones that are fetched. Imports capture and below."""
