@@ -1,0 +1,103 @@
+"""Tables, plot and picture of the study on the real model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor
+
+from idlefx.data import scenes
+from idlefx.demo.saliency import MEAN, STD
+from idlefx.utils.files import whole_file
+
+Result = dict[str, Any]
+Runs = Callable[[str, int], Callable[[Tensor], dict[str, Tensor]]]
+COLOURS = {"rest": "C3", "pruned": "C1", "ToMe": "C2", "follow, 3 stages": "C0", "follow, 6 stages": "C4"}
+SHOWN = {"0.7": 1, "0.5": 3}  # the keep ratio of three stages: its level
+COLUMNS = ("follow, 3 stages", "rest", "pruned")
+SCENES = (0, 6, 13)
+
+
+def tables(results: list[Result]) -> str:
+    """One Markdown table for each image size."""
+    parts = []
+    for size in sorted({result["size"] for result in results}):
+        of_size = [result for result in results if result["size"] == size]
+        of_size.sort(key=lambda r: (r["method"] != "dense", r["level"], ["dense", *COLOURS].index(r["method"])))
+        times = sorted({key for result in of_size for key in result if key.startswith("ms")})
+        head = ["method", "how", "GMACs", "cosine", "agreement", "difference of saliency", "IoU", *times]
+        body = [(*_cells(result), *(_ms(result.get(key)) for key in times)) for result in of_size]
+        dense = next(result for result in of_size if result["method"] == "dense")
+        title = f"{size} pixels, {dense['scenes']} scenes; the classifier is right in {dense['accuracy']:.0%} of them:"
+        parts.append(f"{title}\n\n{tabulate(body, head, tablefmt='github', disable_numparse=True)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    return (
+        result["method"], result["saving"], f"{result['gmacs']:.2f}", f"{result['cosine']:.4f}",
+        f"{result['agreement']:.1%}", f"{result['difference']:.4f}", f"{result['iou']:.3f}",
+    )  # fmt: skip
+
+
+def _ms(both: tuple[float, float] | None) -> str:
+    return "" if both is None else f"{both[0]:.1f} ({both[1] / both[0]:.2f}×)"
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """What is lost over multiply-adds: direction of the feature, and overlap with the thing."""
+    sizes = sorted({result["size"] for result in results})
+    figure = Figure(figsize=(9, 3.6 * len(sizes)), layout="constrained")
+    for (left, right), size in zip(figure.subplots(len(sizes), 2, squeeze=False), sizes, strict=True):
+        for method, colour in COLOURS.items():
+            found = sorted(
+                (r["gmacs"], 1 - r["cosine"], r["iou"]) for r in results if r["method"] == method and r["size"] == size
+            )
+            if found:
+                gmacs, lost, overlaps = zip(*found, strict=True)
+                left.semilogy(gmacs, lost, "o-", color=colour, ms=4, label=method)
+                right.plot(gmacs, overlaps, "o-", color=colour, ms=4, label=method)
+        dense = next(r for r in results if r["method"] == "dense" and r["size"] == size)
+        right.plot(dense["gmacs"], dense["iou"], "k*", ms=10, label="dense")
+        left.set(xlabel="GMACs of the blocks", ylabel="1 − cosine to the dense feature", title=f"{size} pixels")
+        right.set(xlabel="GMACs of the blocks", ylabel="IoU of saliency and thing", title=f"{size} pixels")
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
+@torch.inference_mode()
+def picture(path: Path, dense: Callable[[Tensor], dict[str, Tensor]], runs: Runs) -> None:
+    """Photograph, saliency of the dense model and of the others, side by side."""
+    images = scenes(max(SCENES) + 1, split="test").images[list(SCENES)]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    photographs = (images * std + mean).permute(0, 2, 3, 1).numpy()
+    columns = {"": None, "dense": dense}
+    columns |= {f"{name.split(',')[0]}, {keep}": runs(name, level) for keep, level in SHOWN.items() for name in COLUMNS}
+    figure = Figure(figsize=(1.5 * len(columns), 1.62 * len(SCENES)), layout="constrained")
+    grid = figure.subplots(len(SCENES), len(columns), squeeze=False)
+    for place, (title, run) in enumerate(columns.items()):
+        grid[0, place].set_title(title, size=9)
+        shown = (
+            photographs
+            if run is None
+            else [_over(*each) for each in zip(photographs, run(images)["saliency"][:, 0].numpy(), strict=True)]
+        )
+        for axes, image in zip(grid[:, place], shown, strict=True):
+            axes.imshow(np.clip(image, 0, 1))
+            axes.set_axis_off()
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+
+
+def _over(photograph: np.ndarray, saliency: np.ndarray) -> np.ndarray:
+    """The photograph in grey under the colours of its saliency."""
+    grey = photograph.mean(-1, keepdims=True)
+    return 0.35 * grey + 0.65 * colormaps["inferno"](saliency)[..., :3]
