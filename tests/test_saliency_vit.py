@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+import idlefx
 from idlefx.demo.photo_scenes import scenes
 from idlefx.demo.photographs import fetch_photographs
 from idlefx.demo.saliency import saliency_vit
 from idlefx.demo.weights import fetch_weights
 from idlefx.errors import InputError
+from idlefx.zoo.reference import Tokens
+from tests.oracles import following, following_zoo
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +47,26 @@ def test_model_sees_the_things_in_the_scenes(weights, sixteen):
     seen = saliency_vit()(sixteen.images)["saliency"][:, 0] > 0.5
     both, either = (f(seen, sixteen.masks).sum((1, 2)) for f in (torch.logical_and, torch.logical_or))
     assert (both / either).mean() > 0.6  # 0.71 of 180 scenes
+
+
+@torch.no_grad()
+def test_following_is_that_of_the_reference_and_near_the_dense_model(weights, sixteen):
+    model, images = saliency_vit(), sixteen.images
+    dense = model(images)
+    idle = idlefx.convert(model, layers=[3, 6, 9], keep=0.7, idle="follow")
+    found = idle(images)
+    paths = [f"backbone.blocks.{index}" for index in range(12)]
+    plan = following.stages([3, 6, 9], 0.7, "stages", 256, 12)
+    tokens = dict.fromkeys(paths, Tokens((0,), 0))
+    expected = following_zoo.run(model, paths, plan, tokens, lambda: model(images))
+    margins = torch.stack([groups.margins for groups in expected.groups.values()]).amin(0)
+    clear = margins > 1e-5  # the others may be grouped in another way
+    assert clear.sum() >= 8
+    for name, value in expected.output.items():
+        assert (found[name] - value)[clear].norm() <= 1e-5 * value[clear].norm()
+    likeness = torch.cosine_similarity(found["feature"], dense["feature"])
+    assert likeness.mean() > 0.99 and likeness.min() > 0.95
+    assert (found["saliency"] - dense["saliency"]).abs().mean() < 0.03
 
 
 @torch.no_grad()
