@@ -20,7 +20,7 @@ from idlefx.planning import selectors
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-DOORS = ("idlefx", "idlefx.finetune")
+DOORS = ("idlefx", "idlefx.demo", "idlefx.finetune")
 
 
 @dataclass
