@@ -67,12 +67,15 @@ def dense_model(size: int) -> nn.Module:
 
 
 def make(size: int, method: str, level: int) -> Model:
-    """The model with tokens saved in one of the ways, at one of the levels of `KEEPS`."""
+    """The dense model, or with tokens saved in one of the ways at one of the levels of `KEEPS`."""
     dense, (three, six) = dense_model(size), KEEPS[size][level]
+    tokens, width = dense.backbone.pos_embed.shape[1:]
+    depth = len(dense.backbone.blocks)
+    if method == DENSE:
+        return Model(dense, tome.gmacs([0] * depth, tokens, width), "")
     if method == "ToMe":  # it may cost what following costs
         budget = max(make(size, name, level).gmacs for name in METHODS if name.startswith("follow"))
-        tokens, width = dense.backbone.pos_embed.shape[1:]
-        merged = tome.spread(budget, tokens, width, len(dense.backbone.blocks))
+        merged = tome.spread(budget, tokens, width, depth)
         return Model(
             MergingViT(dense, merged), tome.gmacs(merged, tokens, width), f"{max(merged)} merged in each block"
         )
@@ -162,8 +165,7 @@ def missing(results: list[dict[str, Any]], counts: dict[int, int]) -> Iterator[t
 
 def add_times(results: list[dict[str, Any]], size: int, level: int, batch: int) -> None:
     """Time all methods of one level beside the dense model, and note it in their results."""
-    dense = Model(dense_model(size), 0.0, "")
-    models = {DENSE: dense} | {method: make(size, method, level) for method in METHODS}
+    models = {method: make(size, method, level) for method in (DENSE, *METHODS)}
     ms = times(size, models, batch)
     for result in results:
         if (result["size"], result["level"]) == (size, level) and result["method"] in METHODS:
@@ -191,9 +193,7 @@ def main() -> None:
 
     for size, method, level in (bar := tqdm([*missing(results, counts)], unit="model")):
         bar.set_postfix_str(f"{size} pixels, {method}")
-        blocks = idlefx.inspect(dense_model(size)) if method == DENSE else ()
-        dense = Model(dense_model(size), sum(block.gmacs for block in blocks), "")
-        model = dense if method == DENSE else make(size, method, level)
+        model = make(size, method, level)
         results.append({"method": method, "level": level, **measure(size, counts[size], model)})
         keep()
     for size in counts:
