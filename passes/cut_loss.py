@@ -17,7 +17,8 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._pytree import treespec_leaf, treespec_tuple
 
 from idlefx.analysis.attention import Core
-from idlefx.analysis.blocks import image_input, open_blocks
+from idlefx.analysis.blocks import open_blocks
+from idlefx.analysis.image_input import image_input
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import only_made_for
 from idlefx.graph.queries import output_of

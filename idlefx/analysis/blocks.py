@@ -4,7 +4,6 @@ No class, module or attribute name is looked at: `trunks` finds where blocks beg
 tokens through them, `prefix_tokens` tells which tokens are not of the image.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core, find_cores
+from idlefx.analysis.image_input import image_input
 from idlefx.analysis.key_axis import key_axis
 from idlefx.analysis.macs import count_macs
 from idlefx.analysis.prefix_tokens import class_token, named_positions, prefix_positions, read_by_head
@@ -30,21 +30,11 @@ from idlefx.graph.queries import (
     data_flow,
     dominator_chain,
     leaks,
-    placeholders,
     region,
     source_line,
-    value,
 )
 from idlefx.graph.sizes import follows_batch, shape_of
 from idlefx.records import Block, BlockTable
-
-
-def image_input(graph: fx.Graph) -> fx.Node:
-    """The input that the tokens are made of: the largest one of floating point."""
-    inputs = [p for p in placeholders(graph) if (v := value(p)) is not None and v.is_floating_point()]
-    if not inputs:
-        raise BlockError("blocks: the model has no input of floating point, so no image to take tokens from")
-    return max(inputs, key=lambda p: math.prod(shape_of(p)))
 
 
 def find_blocks(module: fx.GraphModule, prefix: int | Sequence[int] | None = None) -> BlockTable:

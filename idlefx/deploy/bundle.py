@@ -18,6 +18,7 @@ from matplotlib import cbook
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from idlefx.analysis.image_input import takes_bytes
 from idlefx.capture.inputs import EXAMPLE_BATCH, MODES, guess_inputs
 from idlefx.capture.models import load_model
 from idlefx.deploy.artifacts import package
@@ -70,6 +71,11 @@ def emit(
     """
     idle = converted(idle)
     conversion = conversion_of(idle)
+    if takes_bytes(idle.graph):
+        raise InputError(
+            "emit: the model takes uint8 images and normalises them itself, but the script tunes on images that are "
+            "normalised already; use package, or convert the part of the model that takes such images"
+        )
     with _whole_directory(Path(directory)) as partial:
         name = model or conversion.origin
         safetensors.torch.save_model(idle, str(partial / WEIGHTS))

@@ -41,8 +41,12 @@ def example_of(idle: fx.GraphModule, batch: int | None = None) -> Inputs:
     for value in values:
         if isinstance(value, torch.Tensor):
             shape = [number(size, batch) for size in value.shape]
-            floating = value.dtype.is_floating_point
-            tensor = torch.randn(shape, generator=noise) if floating else torch.ones(shape)
+            if value.dtype.is_floating_point:
+                tensor = torch.randn(shape, generator=noise)
+            elif value.dtype == torch.uint8:  # pixels: in an image of one colour all tokens would score alike
+                tensor = torch.randint(256, shape, generator=noise)
+            else:
+                tensor = torch.ones(shape)
             value = tensor.to(home, value.dtype)
         made.append(value)
     assert isinstance(graph._codegen, _PyTreeCodeGen)

@@ -129,7 +129,8 @@ def _moved(idle: IdleModule, device: str | torch.device | None, dtype: torch.dty
     home = present(device if device is not None else next((t.device for t in tensors), "cpu"))
     moved = deepcopy(idle).eval()
     holders = placeholders(moved.graph)
-    before = next(t.dtype for n in holders if (t := value(n)) is not None and t.is_floating_point())
+    inputs = [tensor for node in holders if (tensor := value(node)) is not None]
+    before = next(tensor.dtype for tensor in [*inputs, *tensors] if tensor.is_floating_point())
     after = before if dtype is None else dtype
     if not (isinstance(after, torch.dtype) and after.is_floating_point):
         raise InputError(f"package: dtype must be a floating point type such as torch.bfloat16, got {after!r}")

@@ -26,20 +26,23 @@ class ReadImage(NamedTuple):
 
     Attributes:
         pixels: What to show, (height, width, 3) between 0 and 1.
-        batch: What the model takes, (1, channels, height, width), normalised.
+        batch: What the model takes, (1, channels, height, width): normalised, or bytes.
     """
 
     pixels: Pixels
     batch: Tensor
 
 
-def read_images(images: Photo | Sequence[Photo] | Tensor, facts: ModelFacts) -> Iterator[ReadImage]:
+def read_images(
+    images: Photo | Sequence[Photo] | Tensor, facts: ModelFacts, *, as_bytes: bool = False
+) -> Iterator[ReadImage]:
     """Read, crop and normalise images one by one.
 
     Args:
         images: Files, PIL images, or a tensor (B, C, H, W) of the model's size: `uint8` holds pixels,
             floating point what the model takes, normalised already.
         facts: Of the model; of `data` mean, std, crop_pct, crop_mode and interpolation, or else ImageNet's.
+        as_bytes: Whether the model takes `uint8` and normalises by itself.
 
     Raises:
         InputError: An image cannot be read or does not fit the model.
@@ -51,28 +54,35 @@ def read_images(images: Photo | Sequence[Photo] | Tensor, facts: ModelFacts) -> 
             wanted = ", ".join(map(str, size))
             raise InputError(f"images: expected shape (B, {wanted}), got {tuple(images.shape)}")
         for image in images.cpu():
-            normal = (image / 255 - mean) / std if image.dtype == torch.uint8 else image.float()
-            yield ReadImage(_shown(normal * std + mean), normal.unsqueeze(0))
+            shown = image / 255 if image.dtype == torch.uint8 else image.float() * std + mean
+            normal = (shown - mean) / std if image.dtype == torch.uint8 else image.float()
+            yield ReadImage(_shown(shown), (_bytes(shown) if as_bytes else normal).unsqueeze(0))
         return
     for photo in [images] if isinstance(images, Photo) else images:
         opened = _open(photo, facts)
         seen, part = _crop(opened, facts)
         larger = opened.resize((ZOOM * size[2], ZOOM * size[1]), _resampling(facts), part)
-        yield ReadImage(_shown(_tensor(larger)), _normal(seen, facts).unsqueeze(0))
+        taken = _bytes(_tensor(seen)) if as_bytes else _normal(seen, facts)
+        yield ReadImage(_shown(_tensor(larger)), taken.unsqueeze(0))
 
 
-def read_photo(photo: Photo, facts: ModelFacts) -> Tensor:
+def read_photo(photo: Photo, facts: ModelFacts, *, as_bytes: bool = False) -> Tensor:
     """What the model takes of one photograph, (channels, height, width): read, cropped and normalised.
 
     Args:
         photo: A file, or a PIL image.
         facts: As for `read_images`.
+        as_bytes: Whether the model takes `uint8` and normalises by itself.
 
     Raises:
         InputError: It cannot be read, or the model takes no photographs.
     """
     seen, _ = _crop(_open(photo, facts), facts)
-    return _normal(seen, facts)
+    return _bytes(_tensor(seen)) if as_bytes else _normal(seen, facts)
+
+
+def _bytes(image: Tensor) -> Tensor:
+    return (image * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _data(facts: ModelFacts) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from idlefx.analysis.image_input import takes_bytes
 from idlefx.errors import InputError
 from idlefx.reporting.images import Photo, Pixels, read_images
 from idlefx.runtime.module import IdleModule, conversion_of
@@ -71,7 +72,7 @@ def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str |
     if not any(step.idles for step in conversion_of(idle).plan):
         raise InputError("draw: no token of this model idles; convert it with a keep ratio below 1")
     with whole_file(target) as partial:
-        samples = read_images(images, conversion_of(idle).facts)
+        samples = read_images(images, conversion_of(idle).facts, as_bytes=takes_bytes(idle.graph))
         bar = tqdm(samples, desc="draw", unit="image", delay=2, leave=False)
         rows = [TokenMap(pixels, _workers(idle, batch)) for pixels, batch in bar]
         if not rows:
@@ -82,8 +83,9 @@ def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str |
 
 def _workers(idle: IdleModule, batch: Tensor) -> dict[int, Grid]:
     weight = next((p for p in idle.parameters() if p.is_floating_point()), batch)
+    images = batch.to(weight.device, weight.dtype if batch.is_floating_point() else batch.dtype)
     workers: dict[int, Grid] = {}
-    for index, leaders in sorted(groups(idle, batch.to(weight.device, weight.dtype)).items()):
+    for index, leaders in sorted(groups(idle, images).items()):
         block = conversion_of(idle).blocks[index]
         patch = torch.full((block.tokens + 1,), -1)  # the last one for those that rest
         patch[torch.tensor(block.image_positions)] = torch.arange(block.image_tokens)

@@ -8,7 +8,7 @@ from torch import fx
 from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_leaves
 
-from idlefx.analysis.blocks import image_input
+from idlefx.analysis.image_input import image_input, takes_bytes
 from idlefx.errors import InputError
 from idlefx.graph.queries import by_name, image_data, output_of, placeholders, remove_dead, tensor_argument, value
 from idlefx.graph.sizes import shape_of
@@ -39,6 +39,11 @@ def tap(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph = deepcopy(module.graph)
     images, outputs = image_input(graph), [n for n in tree_leaves(output_of(graph).args) if isinstance(n, fx.Node)]
+    if takes_bytes(graph):
+        raise InputError(
+            "finetune: the model takes uint8 images and normalises them itself, but those of a loader are normalised "
+            "already; convert the part of the model that takes such images"
+        )
     logits = next((n for n in outputs if (v := value(n)) is not None and v.is_floating_point() and v.ndim == 2), None)
     if logits is None:
         raise InputError("finetune: the model returns no logits (B, classes); fine-tuning needs a classifier")
