@@ -1,8 +1,10 @@
 """A converted model takes and returns what the model does, in both modes, for any batch."""
 
 import pytest
+import timm
 import torch
 
+import idlefx
 from tests.models.small import DROPOUTS, Wrapper, build, images
 from tests.support.cases import (
     Case,
@@ -98,3 +100,13 @@ def test_distilled_training_returns_both_heads():
     assert torch.equal(both[0], expected[0]) and torch.equal(both[1], expected[1])
     assert not torch.equal(both[0], both[1])
     assert torch.equal(idle.eval()(x), model.eval()(x))
+
+
+@torch.no_grad()
+def test_size_of_a_model_of_features_is_found():
+    name, small = "vit_tiny_patch16_224", {"img_size": (48, 32), "depth": 3, "in_chans": 1}
+    model = timm.create_model(name, features_only=True, **small).eval()
+    idle = idlefx.convert(model, layers=[1], keep=1.0)
+    assert idle.conversion.facts.image_size == (1, 48, 32)
+    x = torch.randn(3, 1, 48, 32)
+    assert all(one.equal(other) for one, other in zip(idle(x), model(x), strict=True))

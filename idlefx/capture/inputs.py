@@ -82,9 +82,11 @@ def _timm(model: nn.Module) -> tuple[tuple[int, int, int], str] | None:
     from timm.data.config import resolve_model_data_config
 
     channels, height, width = resolve_model_data_config(model)["input_size"]
-    embed = getattr(model, "patch_embed", None)
-    if embed is not None and getattr(embed, "img_size", None):
-        height, width = _pair(embed.img_size)
+    # Wherever it is: timm puts a model that returns features into another module.
+    embeds = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "patch_embed"]
+    size = next((size for module in embeds if (size := getattr(module, "img_size", None))), None)
+    if size is not None:
+        height, width = _pair(size)
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
     return (channels, height, width), ""
 
