@@ -10,6 +10,7 @@ from idlefx.errors import (
     CaptureError,
     IdleFxError,
     InputError,
+    MethodError,
     ParityError,
     PassError,
     PlanError,
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 __version__: str
 __all__ = [
     "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "Comparison", "Conversion",
-    "IdleFxError", "IdleModule", "InputError", "OutputChange", "ParityError", "PassError", "Plan", "PlanError",
-    "PlanOptions", "Report", "Step", "TrainingError", "compare", "compile", "convert", "draw", "emit", "inspect",
-    "load", "package", "report", "selector", "with_cut_loss",
+    "IdleFxError", "IdleModule", "InputError", "MethodError", "OutputChange", "ParityError", "PassError", "Plan",
+    "PlanError", "PlanOptions", "Report", "Step", "TrainingError", "compare", "compile", "convert", "draw", "emit",
+    "inspect", "load", "package", "report", "selector", "with_cut_loss",
 ]  # fmt: skip
 
 # A name is imported when it is first used: whoever only converts loads neither Matplotlib nor Inductor.

@@ -9,6 +9,10 @@ class InputError(IdleFxError):
     """An argument, a file or a path that cannot be used."""
 
 
+class MethodError(InputError, AttributeError):
+    """A method of the original that its converted form does not have; `hasattr` says so too."""
+
+
 class CaptureError(IdleFxError):
     """The model could not be traced."""
 

@@ -67,6 +67,11 @@ class Conversion:
         """The table of the model's blocks."""
         return self.plan.blocks
 
+    @property
+    def graphs(self) -> tuple[fx.Graph, ...]:
+        """All graphs that the model may run."""
+        return self.evaluation.graph, self.training.graph
+
     def check_gradients(self) -> None:
         """Refuse to train where gradients would not be the model's.
 

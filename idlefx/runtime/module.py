@@ -17,10 +17,11 @@ from idlefx.records import Plan
 from idlefx.runtime import ops
 from idlefx.runtime.call_checks import checked
 from idlefx.runtime.conversion import Conversion
+from idlefx.runtime.parts import Owner, make_parts
 from idlefx.runtime.saving import SavedModule, own_attributes, saved
 
 
-class IdleModule(fx.GraphModule):
+class IdleModule(Owner, fx.GraphModule):
     """A Vision Transformer in which tokens idle; eager, differentiable, and free in its batch size.
 
     Signature, output structure, and the names of parameters and buffers are the original's, so checkpoints load
@@ -62,6 +63,7 @@ class IdleModule(fx.GraphModule):
                 _add_constants(self, root, graph)
         adopt(self, eval_root)
         list_numbered(self)
+        make_parts(self, conversion.graphs)
         self.meta[KEY] = conversion
         self._check_calls()
         self._guard_gradients()
@@ -75,11 +77,11 @@ class IdleModule(fx.GraphModule):
             return super().__getattr__(name)
         except AttributeError:
             conversion = self.__dict__.get("meta", {}).get(KEY)
-            if conversion is not None and name in conversion.answers:
-                return conversion.answers.get(name)
-            if conversion is None or name not in ("conversion", "plan", "blocks"):
+            if conversion is None:
                 raise
-            return conversion if name == "conversion" else getattr(conversion, name)
+            if name in ("conversion", "plan", "blocks") and name not in conversion.answers.attributes:
+                return conversion if name == "conversion" else getattr(conversion, name)
+            return conversion.answers.get(name, self)
 
     def recompile(self) -> PythonCode:
         """Make the code of the graph anew, after it was edited; it refuses the calls that it did before."""
@@ -132,6 +134,7 @@ class IdleModule(fx.GraphModule):
             _place(copied, name, deepcopy(tensor, memo))
         adopt(copied, self)
         list_numbered(copied)
+        make_parts(copied, conversion_of(self).graphs)
         copied._check_calls()
         vars(copied).update(deepcopy(own_attributes(self), memo))
         if _refuse_backward not in copied._forward_hooks.values():

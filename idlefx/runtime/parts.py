@@ -1,0 +1,113 @@
+"""The modules inside a converted model: they hold parameters under the names of the original, and do no more.
+
+The model is one graph, which reads its parameters by their names and calls none of these modules. What would pass in
+silence therefore speaks: a hook on one of them warns, a call refuses, and so does whatever takes the place of one
+without what the graph reads there.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+from idlefx.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PATH, _READ = "_path", "_read"  # of a module: its name, and by part what graphs read of it
+
+
+class Owner(nn.Module):
+    """A module whose parts a graph reads by name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if read := self.__dict__.get(_READ, {}).get(name):
+            _check_replacement(".".join(filter(None, (path_of(self), name))), read, value)
+        super().__setattr__(name, value)
+
+
+def _warns(register: F) -> F:
+    """A method that registers a hook, and says that it will never run."""
+
+    @functools.wraps(register)
+    def registered(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            f"a hook on `{path_of(self)}` of a converted model will never run: the model is one graph, which calls no "
+            'inner modules; torch.compile(model, backend="idlefx") keeps modules and hooks, or convert a model that '
+            "returns what the hook is to see",
+            stacklevel=2,
+        )
+        return register(self, *args, **kwargs)
+
+    return registered  # type: ignore[return-value]
+
+
+class Part(Owner):
+    """Holds the parameters of a part of the model."""
+
+    register_forward_pre_hook = _warns(nn.Module.register_forward_pre_hook)
+    register_forward_hook = _warns(nn.Module.register_forward_hook)
+    register_full_backward_pre_hook = _warns(nn.Module.register_full_backward_pre_hook)
+    register_full_backward_hook = _warns(nn.Module.register_full_backward_hook)
+    register_backward_hook = _warns(nn.Module.register_backward_hook)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            f"model: `{path_of(self)}` of a converted model holds parameters alone and cannot be called; convert a "
+            'model that returns what it returns, or take torch.compile(model, backend="idlefx"), which keeps modules'
+        )
+
+
+class PartList(Owner, nn.ModuleList):
+    """Parts that are numbered."""
+
+
+def make_parts(module: Owner, graphs: Iterable[fx.Graph]) -> None:
+    """Let the bare modules and lists inside a graph module be parts of it, which know what is read of them.
+
+    Args:
+        module: A graph module.
+        graphs: All that it may run.
+    """
+    for name, child in module.named_modules():
+        kind = {nn.Module: Part, nn.ModuleList: PartList}.get(type(child))
+        if kind is not None:
+            child.__class__ = kind
+        if isinstance(child, Owner):
+            child.__dict__.update({_PATH: name, _READ: {}})
+    for target in sorted({str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")}):
+        owner: nn.Module = module
+        first, _, rest = target.partition(".")
+        while rest and isinstance(owner, Owner):
+            owner.__dict__[_READ].setdefault(first, []).append(rest)
+            owner = owner.get_submodule(first)
+            first, _, rest = rest.partition(".")
+
+
+def path_of(part: nn.Module) -> str:
+    """The name of a part in its model."""
+    return str(part.__dict__[_PATH])
+
+
+def _check_replacement(path: str, read: Sequence[str], after: Any) -> None:
+    """Refuse to put something in the place of a part that has not what the graph reads there.
+
+    Raises:
+        InputError: It lacks a parameter or a buffer.
+    """
+    for name in read:
+        try:
+            functools.reduce(getattr, name.split("."), after)
+        except AttributeError:
+            raise InputError(
+                f"model: `{path}` of a converted model cannot be replaced by {type(after).__name__}, in which the "
+                f"graph does not find `{path}.{name}`; replace it in the model before converting, as a converted model "
+                "takes only what has the same parameters and computes the same of them"
+            ) from None
