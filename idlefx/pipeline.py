@@ -106,6 +106,7 @@ def convert(
         answers_of(captured.model),
         captured.custom_gradient,
         weights.sample(captured.model),
+        captured.loss,
     )
     if captured.training:
         conversion.check_gradients()
@@ -143,7 +144,8 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
     training = evaluation
     if conversion.training is not conversion.evaluation:
         training = _with_cut_loss(idle, conversion.training)
-    return IdleModule(replace(conversion, evaluation=evaluation, training=training), idle, idle).train(idle.training)
+    conversion = replace(conversion, evaluation=evaluation, training=training, loss=None)
+    return IdleModule(conversion, idle, idle).train(idle.training)
 
 
 def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Sequence[int] | None = None) -> BlockTable:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idlefx.capture.cleanup import tidy
 from idlefx.capture.inputs import guess_inputs, known_facts
+from idlefx.capture.loss_function import loss_function
 from idlefx.capture.modes import Modes
 from idlefx.capture.observation import Args, explain, observe
 from idlefx.capture.stack_traces import every_line_of_the_model
@@ -23,6 +24,7 @@ from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import IdleFxError, InputError
 from idlefx.graph.state import keeps_more
 from idlefx.records import ModelFacts
+from idlefx.runtime.labels import Loss
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Captured:
         facts: What is known of its images and classes; the image size is that of the example.
         batch_free: Whether the batch size is free.
         custom_gradient: What has gradients of its own, which the graphs do not have; empty if nothing has.
+        loss: What computes the loss of calls with labels, if the trace has none and the model such a function.
     """
 
     model: nn.Module
@@ -46,6 +49,7 @@ class Captured:
     facts: ModelFacts
     batch_free: bool
     custom_gradient: str = ""
+    loss: Loss | None = None
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = True) -> Captured:
@@ -95,7 +99,7 @@ def _capture(model: nn.Module, example_inputs: Any, copy_model: bool) -> Capture
     modes = Modes(target)
     try:
         eval_graph, batch_free = _trace(modes.switch(False), inputs)
-        train_graph = eval_graph
+        train_graph, loss = eval_graph, loss_function(target, inputs)
         mode_matters, custom = observe(modes, inputs)
         if mode_matters:
             train_graph, train_free = _trace(modes.switch(True), inputs)
@@ -104,7 +108,7 @@ def _capture(model: nn.Module, example_inputs: Any, copy_model: bool) -> Capture
         modes.restore()
     if not batch_free:
         warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=4)
-    return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free, custom)
+    return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free, custom, loss)
 
 
 def _copy(model: nn.Module) -> nn.Module:

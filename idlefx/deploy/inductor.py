@@ -10,6 +10,7 @@ from torch import fx
 
 from idlefx.deploy.parity import check_parity
 from idlefx.errors import ArtifactError, InputError, first_line
+from idlefx.runtime.labels import without_labels
 from idlefx.runtime.module import IdleModule, conversion_of, converted
 
 
@@ -41,7 +42,8 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
 
 
 def _check_inputs(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    conversion_of(compiled).calls.in_order(args, kwargs)
+    conversion = conversion_of(compiled)
+    conversion.calls.in_order(args, without_labels(kwargs, conversion.loss))
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -9,6 +9,7 @@ from idlefx.options import PlanOptions
 from idlefx.records import BlockTable, ModelFacts, Plan
 from idlefx.runtime.answers import Answers
 from idlefx.runtime.call_checks import CallChecks
+from idlefx.runtime.labels import Loss
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Conversion:
         custom_gradient: What in the model has gradients of its own, which the graphs do not have: it is for inference
             only. Empty if nothing has.
         weights: One number of every parameter, as it was.
+        loss: What computes the loss of calls with labels; None if the trace has labels, or the model no such function.
     """
 
     options: PlanOptions
@@ -56,6 +58,7 @@ class Conversion:
     answers: Answers
     custom_gradient: str = ""
     weights: tuple[float, ...] = ()
+    loss: Loss | None = None
 
     @property
     def plan(self) -> Plan:

@@ -17,6 +17,7 @@ from idlefx.records import Plan
 from idlefx.runtime import ops
 from idlefx.runtime.call_checks import checked
 from idlefx.runtime.conversion import Conversion
+from idlefx.runtime.labels import with_loss
 from idlefx.runtime.parts import Owner, make_parts
 from idlefx.runtime.saving import SavedModule, own_attributes, saved
 
@@ -94,7 +95,7 @@ class IdleModule(Owner, fx.GraphModule):
         conversion = self.__dict__.get("meta", {}).get(KEY)
         if conversion is not None:
             kind: Any = type(self)  # every graph module has a class of its own
-            kind.forward = checked(inspect.unwrap(kind.forward), conversion.calls)
+            kind.forward = with_loss(checked(inspect.unwrap(kind.forward), conversion.calls), conversion.loss)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:  # what torch calls while TorchScript is tracing
         _speak_of_tracing()
