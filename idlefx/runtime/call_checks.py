@@ -23,6 +23,8 @@ from idlefx.errors import InputError
 from idlefx.graph.queries import placeholders
 from idlefx.graph.sizes import formula
 
+_MISSING = object()
+
 
 @dataclass(frozen=True)
 class ExpectedTensor:
@@ -118,10 +120,11 @@ class CallChecks:
         named.update(kwargs)
         inputs = []
         for name, expected in self.expected.items():
-            if name not in named and name not in self.defaults:
+            value = named.pop(name, self.defaults.get(name, _MISSING))
+            optional = value is None and name in self.defaults and not isinstance(expected, ExpectedSetting)
+            if value is _MISSING or optional:
                 self.signature.bind(*args, **kwargs)
                 raise InputError(f"input: `{name}` was given when the model was traced; give it, or convert without it")
-            value = named.pop(name) if name in named else self.defaults[name]
             _check(value, expected, name)
             inputs.append(value)
         for name, value in named.items():
