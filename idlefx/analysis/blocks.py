@@ -189,9 +189,9 @@ def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
             f"(at {source_line(trunk.entry)})"
         )
     if leaking := leaks(nodes, trunk.exit):
-        raise RefusedOperation(
-            f"`{leaking[0].name}` inside the block is read outside of it (at {source_line(leaking[0])})"
-        )
+        returned = any(user.op == "output" for user in leaking[0].users)
+        reader = "returned by the model, as an attention map may be" if returned else "read outside of it"
+        raise RefusedOperation(f"`{leaking[0].name}` inside the block is {reader} (at {source_line(leaking[0])})")
     for core in trunk.cores:
         if _attends_over_batch(core):
             refuse(core.out, "attends over the batch")
