@@ -57,6 +57,27 @@ def test_loaders_and_people_are_told_the_same(pair):
     assert idle.num_classes == 5 and model.num_classes == 10
 
 
+def test_the_head_can_be_asked_for(pair):
+    model, idle = pair
+    assert model.get_classifier() is model.head
+    for form in (copy.deepcopy(idle), idlefx.with_cut_loss(idle)):
+        assert form.get_classifier() is form.head and form.get_classifier().weight.equal(model.head.weight)
+
+
+@pytest.mark.parametrize("name", ["forward_features", "forward_head", "get_intermediate_layers", "reset_classifier"])
+def test_methods_that_are_not_kept_are_refused_by_name(pair, name):
+    model, idle = pair
+    words = (
+        rf"^model: `{name}` of {type(model).__name__} is not kept, .* torch.compile\(model.{name}, backend=\"idlefx\""
+    )
+    if hasattr(model, name):
+        with pytest.raises(idlefx.MethodError, match=words):
+            getattr(idle, name)
+    assert not hasattr(idle, name) and not hasattr(copy.deepcopy(idle), name)
+    with pytest.raises(AttributeError, match="has no attribute 'heard_of_by_nobody'"):
+        _ = idle.heard_of_by_nobody
+
+
 def test_mean_of_a_model_of_its_own():
     model = build("vit")
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}

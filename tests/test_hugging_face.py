@@ -139,7 +139,7 @@ def test_trainers_train(model, tmp_path):
     trainer = Trainer(idle, settings, train_dataset=Photos(), eval_dataset=Photos())
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
-    assert loss == pytest.approx(float(idle.eval()(pixel_values=X, labels=Y).loss), abs=1e-5)
+    assert loss == pytest.approx(idle.eval()(pixel_values=X, labels=Y).loss.item(), abs=1e-5)
     assert not any(value.equal(before[name]) for name, value in idle.state_dict().items())
     assert trainer.predict(Photos()).predictions.shape == (4, 3)
     assert any(tmp_path.rglob("model.safetensors"))
@@ -153,7 +153,7 @@ def test_what_a_trainer_asks_is_answered(idle):
         idle.gradient_checkpointing_enable()
 
 
-@pytest.mark.parametrize("settings", [{"output_attentions": True}, {}], ids=["config", "call"])
+@pytest.mark.parametrize("settings", [{"output_attentions": True}, pytest.param({}, marks=pytest.mark.slow)])
 def test_attention_maps_that_are_returned_are_named(settings):
     model = make(attn_implementation="eager", **settings)
     example = {"pixel_values": X, **({} if settings else {"output_attentions": True})}

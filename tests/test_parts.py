@@ -59,7 +59,7 @@ def test_hooks_of_the_whole_model_run(idle):
         warnings.simplefilter("error")
         idle.register_forward_hook(lambda *_: seen.append("forward"))
         idle.register_full_backward_hook(lambda *_: seen.append("backward"))
-    idle(X).sum().backward()
+    idle(X.clone().requires_grad_()).sum().backward()
     assert seen == ["forward", "backward"]
 
 
@@ -83,6 +83,18 @@ def test_what_the_graph_does_not_find_is_refused_when_it_is_put_there(idle, head
     with pytest.raises(idlefx.InputError, match=words):
         idle.head = head
     assert before.shape == (2, 7) and idle(X).equal(before)
+
+
+def test_what_would_not_be_called_is_refused_when_it_is_put_there(idle):
+    class Cosine(nn.Linear):
+        """A head that does more than its parameters say."""
+
+        def forward(self, x):
+            return super().forward(nn.functional.normalize(x, dim=-1))
+
+    with pytest.raises(idlefx.InputError, match="cannot be replaced by Cosine, whose forward would not be called"):
+        idle.head = Cosine(48, 10)
+    idle.head = idle.get_submodule("head")
 
 
 def test_parts_of_parts_are_looked_at_too(idle):

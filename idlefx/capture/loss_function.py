@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idlefx.capture.observation import Args
+from idlefx.graph.state import buffers_kept
 from idlefx.runtime.labels import LABELS, Loss, joined, logits_of
 
 
@@ -40,7 +41,7 @@ def _computes_the_loss(loss: Loss, model: Any, inputs: Args) -> bool:
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
     config, problem = copy.deepcopy(model.config), model.config.problem_type
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(model):
             without = model(*args, **kwargs)
             logits = logits_of(without)
             classes = problem == "single_label_classification" or (problem is None and logits.shape[-1] > 1)

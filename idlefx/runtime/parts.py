@@ -97,17 +97,21 @@ def path_of(part: nn.Module) -> str:
 
 
 def _check_replacement(path: str, read: Sequence[str], after: Any) -> None:
-    """Refuse to put something in the place of a part that has not what the graph reads there.
+    """Refuse to put something in the place of a part that has not what the graph reads there, or does more with it.
 
     Raises:
-        InputError: It lacks a parameter or a buffer.
+        InputError: It lacks a parameter or a buffer, or has a forward of its own, which would not be called.
     """
+    reason = ""
     for name in read:
         try:
             functools.reduce(getattr, name.split("."), after)
         except AttributeError:
-            raise InputError(
-                f"model: `{path}` of a converted model cannot be replaced by {type(after).__name__}, in which the "
-                f"graph does not find `{path}.{name}`; replace it in the model before converting, as a converted model "
-                "takes only what has the same parameters and computes the same of them"
-            ) from None
+            reason = reason or f"in which the graph does not find `{path}.{name}`"
+    if isinstance(after, nn.Module) and not isinstance(after, Owner) and type(after).__module__[:9] != "torch.nn.":
+        reason = reason or "whose forward would not be called, as the graph reads parameters alone"
+    if reason:
+        raise InputError(
+            f"model: `{path}` of a converted model cannot be replaced by {type(after).__name__}, {reason}; replace it "
+            "in the model before converting, or convert the part of the model that comes before it"
+        )
