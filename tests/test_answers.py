@@ -12,6 +12,7 @@ from torch import nn
 import idlefx
 from idlefx.capture.export import capture
 from idlefx.pipeline import spell
+from idlefx.runtime.answers import answers_of
 from idlefx.training.config import Settings
 from idlefx.training.distributed import World
 from idlefx.training.feature_taps import tap
@@ -82,6 +83,27 @@ def test_mean_of_a_model_of_its_own():
     model = build("vit")
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
     assert resolve_model_data_config(idlefx.convert(model, layers=[1], keep=0.5))["mean"] == (0.1, 0.2, 0.3)
+
+
+class Configuration:
+    """What other libraries call a configuration."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def to_dict(self):
+        return vars(self)
+
+
+def test_configurations_are_kept_where_files_can_name_them():
+    class Local(Configuration):
+        """One that nobody could import."""
+
+    model = nn.Linear(1, 1)
+    model.config, model.other = Configuration(48), Local(48)
+    attributes = answers_of(model).attributes
+    assert attributes["config"].width == 48 and attributes["config"] is not model.config
+    assert "other" not in attributes
 
 
 def test_what_a_model_does_not_say_its_form_does_not_either():

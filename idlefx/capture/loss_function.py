@@ -41,7 +41,7 @@ def _computes_the_loss(loss: Loss, model: Any, inputs: Args) -> bool:
     args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
     config, problem = copy.deepcopy(model.config), model.config.problem_type
     try:
-        with torch.no_grad(), buffers_kept(model):
+        with torch.no_grad(), torch.random.fork_rng([]), buffers_kept(model):
             without = model(*args, **kwargs)
             logits = logits_of(without)
             classes = problem == "single_label_classification" or (problem is None and logits.shape[-1] > 1)

@@ -11,6 +11,7 @@ Names of parameters are the model's own, so what is said of them still holds. Th
 name, to be refused in words.
 """
 
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
@@ -123,7 +124,10 @@ def _has_method(model: nn.Module, name: str) -> bool:
 
 
 def _is_configuration(value: Any) -> bool:
-    return not isinstance(value, (type, nn.Module)) and _has_method(value, "to_dict")
+    kind = type(value)
+    library = sys.modules.get(kind.__module__) if kind.__module__ != "__main__" else None
+    named = getattr(library, kind.__qualname__, None) is kind  # else a file of the converted model could not be read
+    return named and not isinstance(value, (type, nn.Module)) and callable(getattr(value, "to_dict", None))
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """A converted model in a form that pickle takes: for `torch.save`, for other processes, and whatever else pickles.
 
 Graphs become plain records, and the parameters and buffers go by name, so that the file needs nothing of the user's own
-code, but idlefx, and what registers operators and token scores.
+code, but idlefx, what registers operators and token scores, and the library of the model's configuration if it has one.
 """
 
 from collections.abc import Mapping
