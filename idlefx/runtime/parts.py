@@ -53,8 +53,8 @@ class Part(Owner):
     register_full_backward_hook = _warns(nn.Module.register_full_backward_hook)
     register_backward_hook = _warns(nn.Module.register_backward_hook)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse; the forward stays that of a bare module.
 
         Raises:
             InputError: Always.
@@ -82,7 +82,8 @@ def make_parts(module: Owner, graphs: Iterable[fx.Graph]) -> None:
             child.__class__ = kind
         if isinstance(child, Owner):
             child.__dict__.update({_PATH: name, _READ: {}})
-    for target in sorted({str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")}):
+    nodes = [node for graph in graphs for node in graph.nodes if node.op in ("get_attr", "call_module")]
+    for target in sorted({str(node.target) for node in nodes}):
         owner: nn.Module = module
         first, _, rest = target.partition(".")
         while rest and isinstance(owner, Owner):
