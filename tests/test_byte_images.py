@@ -9,7 +9,7 @@ import idlefx
 from idlefx.analysis.image_input import image_input
 from idlefx.deploy.parity import example_of
 from idlefx.reporting.images import read_images
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from idlefx.training.feature_taps import tap
 from tests.models.small import build
 from tests.support.cases import Case, relative_error, wanted
@@ -107,3 +107,9 @@ def test_what_needs_normalised_images_is_refused(idle, tmp_path):
         tap(idle)
     with pytest.raises(idlefx.InputError, match="emit: the model takes uint8 images"):
         idlefx.emit(idle, tmp_path / "bundle")
+
+
+def test_photographs_are_compared_as_bytes(model, idle, tmp_path):
+    Image.fromarray(BYTES[0].permute(1, 2, 0).numpy()).save(tmp_path / "one.png")
+    found = idlefx.compare(model, {"same": idlefx.convert(model, [1], 1.0, example_inputs=BYTES[:2])}, tmp_path)
+    assert found.images == 1 and found.changes["same"]["output"].cosine == pytest.approx(1.0)

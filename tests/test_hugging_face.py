@@ -18,7 +18,7 @@ from transformers import (
 
 import idlefx
 from idlefx.capture.loss_function import loss_function
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 
 LARGE = 96
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from idlefx.analysis.image_input import takes_bytes
 from idlefx.capture.inputs import guess_inputs
 from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import InputError
@@ -63,7 +64,7 @@ def compare(
     models = dict(idle) if isinstance(idle, Mapping) else {IDLE: idle}
     _check_models(model, models)
     facts = _facts(model, models)
-    batches = ImageBatches(images, facts, batch_size, limit)
+    batches = ImageBatches(images, facts, batch_size, limit, as_bytes=any(map(_takes_bytes, models.values())))
     tally = Tally(list(models), logits, _class_counts(model, facts))
     hidden = None if progress else True  # None hides it where standard error is no terminal
     bar = tqdm(total=batches.total, desc="compare", unit="image", leave=False, disable=hidden)
@@ -95,6 +96,12 @@ def _facts(model: Any, models: Mapping[str, Any]) -> ModelFacts | None:
     with suppress(InputError):
         return guess_inputs(unwrapped(model))[1]
     return None
+
+
+def _takes_bytes(converted: Any) -> bool:
+    with suppress(InputError):
+        return takes_bytes(conversion_of(converted).evaluation.source)
+    return bool(getattr(converted, "dtype", None) == torch.uint8)  # of an artifact
 
 
 def _class_counts(model: Any, facts: ModelFacts | None) -> set[int]:

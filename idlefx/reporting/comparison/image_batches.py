@@ -45,6 +45,7 @@ class ImageBatches:
         facts: Of the model; None where nothing is known of its images.
         batch_size: Images in a batch; an iterable that holds batches has its own.
         limit: The most images to take: of a folder spread evenly over its files, else the first ones.
+        as_bytes: Whether the model takes `uint8` and normalises by itself, so that photographs are not normalised.
 
     Attributes:
         total: How many images there are, or None where that is not known beforehand.
@@ -53,11 +54,19 @@ class ImageBatches:
         InputError: There is no such folder or no image in it, or `images` is nothing of all this.
     """
 
-    def __init__(self, images: Images, facts: ModelFacts | None, batch_size: int, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        images: Images,
+        facts: ModelFacts | None,
+        batch_size: int,
+        limit: int | None = None,
+        *,
+        as_bytes: bool = False,
+    ) -> None:
         for option, value in (("batch_size", batch_size), ("limit", limit)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"images: {option} is {value!r}; expected a whole number from 1")
-        self.facts, self.batch_size, self.limit = facts, batch_size, limit
+        self.facts, self.batch_size, self.limit, self.as_bytes = facts, batch_size, limit, as_bytes
         self.folder: Path | None = None
         if isinstance(images, (str, Path)) and not Path(images).is_file():
             self.folder = Path(images)
@@ -130,7 +139,7 @@ class ImageBatches:
         name = place if isinstance(photo, Image.Image) else str(photo)
         if self.folder is not None and isinstance(photo, Path):
             name = str(photo.relative_to(self.folder))
-        return name, read_photo(photo, self.facts)
+        return name, read_photo(photo, self.facts, as_bytes=self.as_bytes)
 
 
 def find_images(folder: str | Path) -> list[Path]:
