@@ -121,9 +121,10 @@ class Autocast(nn.Module):
 
     def __init__(self, around):
         super().__init__()
-        self.vit, self.around = build("vit"), around
+        self.vit, self.around, self.drop = build("vit"), around, nn.Identity()
 
     def forward(self, x):
+        x = self.drop(x)
         if self.around == "head":
             x = self.vit.forward_features(x)
             with torch.autocast("cpu", enabled=False):
@@ -148,3 +149,37 @@ def test_autocast_around_the_head_is_kept():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert twin(x).dtype == model(x).dtype == torch.float32
     idlefx.with_cut_loss(converted(model, 0.5, "convert"))(x)[1].backward()
+
+
+def test_autocast_around_the_head_is_kept_in_both_modes():
+    model = Autocast("head")
+    model.drop = nn.Dropout(0.5)
+    x = images(model.vit, 2)
+    idle = converted(model, 1.0, "convert")
+    for training in (True, False):
+        for twin in (idle.train(training), copy.deepcopy(idle)):
+            results = []
+            for each in (twin, model.train(training)):
+                torch.manual_seed(0)
+                results.append(each(x))
+            assert torch.equal(*results)
+
+
+class AutocastMlp(nn.Module):
+    """An MLP that computes its activation in full precision."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.mlp(x.float())
+
+
+def test_autocast_inside_a_block_is_refused_in_words():
+    model = build("vit", depth=2)
+    model.blocks[1].mlp = AutocastMlp(model.blocks[1].mlp)
+    first, second = idlefx.inspect(model)
+    assert first.can_idle
+    assert says(second.refusal, "switches autocast inside the block", "around the call", r"test_regions\.py:\d+")

@@ -25,9 +25,9 @@ aten = torch.ops.aten
 def tidy(exported: nn.Module, model: nn.Module) -> fx.GraphModule:
     """A plain module from what `ExportedProgram.module()` gives."""
     graph: Any = exported.graph
-    for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default or node.target == "_guards_fn":
-            graph.erase_node(node)
+    for part in exported.modules():
+        if isinstance(part, fx.GraphModule):
+            _drop_assertions(part)
     write_out(exported, graph)
     refuse_autocast(exported, graph)
     _drop_masks(graph)
@@ -35,6 +35,14 @@ def tidy(exported: nn.Module, model: nn.Module) -> fx.GraphModule:
     module = fx.GraphModule(exported, graph, type(model).__name__)
     adopt(module, model)
     return module
+
+
+def _drop_assertions(part: fx.GraphModule) -> None:
+    """Also in a region that switches autocast, where they would hold the number types of the trace against others."""
+    for node in list(part.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default or node.target == "_guards_fn":
+            part.graph.erase_node(node)
+    part.recompile()
 
 
 def _drop_masks(graph: fx.Graph) -> None:

@@ -42,6 +42,8 @@ def write_out(owner: nn.Module, graph: Any) -> None:
 def refuse_autocast(owner: nn.Module, graph: fx.Graph) -> None:
     """Refuse a region that switches autocast around attention, whose blocks would be hidden; others stay regions.
 
+    The trace knows no line of a region: it gets that of its first operation.
+
     Raises:
         CaptureError: There is one.
     """
@@ -56,6 +58,8 @@ def refuse_autocast(owner: nn.Module, graph: fx.Graph) -> None:
                     "switch it around the call instead"
                 )
         refuse_autocast(module, inner)
+        stacks = (call.meta.get("stack_trace") for call in inner.nodes)
+        node.meta["stack_trace"] = next(filter(None, stacks), None)
 
 
 def _inline(owner: nn.Module, graph: Any, numbers: "count[int]") -> None:

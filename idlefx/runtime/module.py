@@ -198,7 +198,7 @@ def _load(file: SavedModule) -> IdleModule:
 
 
 def _add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
-    """Give `module` the constants of `root` that only this graph reads, under names that are free."""
+    """Give `module` the constants and regions of `root` that only this graph reads, under names that are free."""
     for node in graph.find_nodes(op="get_attr"):
         path, _, leaf = str(node.target).rpartition(".")
         tensor = getattr(root.get_submodule(path), leaf)
@@ -208,12 +208,14 @@ def _add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
         _place(module, str(node.target), tensor)
 
 
-def _place(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Let a module have a parameter or buffer of that name, if it has none."""
+def _place(module: nn.Module, name: str, tensor: torch.Tensor | nn.Module) -> None:
+    """Let a module have a parameter, buffer or region of that name, if it has none."""
     owner, leaf = owner_of(module, name)
     if hasattr(owner, leaf):
         return
-    if isinstance(tensor, nn.Parameter):
+    if isinstance(tensor, nn.Module):
+        owner.add_module(leaf, tensor)
+    elif isinstance(tensor, nn.Parameter):
         owner.register_parameter(leaf, tensor)
     else:
         owner.register_buffer(leaf, tensor)

@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from idlefx.graph.notes import only_made_for
+from idlefx.graph.state import buffers_kept
 from idlefx.runtime.labels import without_labels
 from idlefx.runtime.module import IdleModule, conversion_of, converted
 
@@ -53,7 +54,7 @@ def _decided(idle: IdleModule, args: Any, kwargs: Any) -> dict[int, tuple[torch.
     }
     recorder = _Recorder(idle, {node for pair in opened.values() for node in pair})
     flat = conversion_of(idle).calls.flat(args, without_labels(kwargs, conversion_of(idle).loss))
-    with torch.no_grad():
+    with torch.no_grad(), buffers_kept(idle):
         recorder.run(*flat, enable_io_processing=False)
     decided = {block: (recorder.seen[index], recorder.seen[place]) for block, (index, place) in opened.items()}
     return {step.block: decided[stage[0].block] for stage in stages for step in stage}

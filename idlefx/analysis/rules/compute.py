@@ -56,6 +56,12 @@ def softmax(walk: Walk, node: fx.Node) -> Layout:
     return layout
 
 
+@rule(torch.ops.higher_order.wrap_with_autocast)
+def autocast(walk: Walk, node: fx.Node) -> Layout:
+    """A region is one node, whose inside has number types that the whole would not have."""
+    refuse(node, "switches autocast inside the block; switch it around the call of the model instead")
+
+
 # Several tensors, broadcast.
 
 
