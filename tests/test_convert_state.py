@@ -1,6 +1,7 @@
 """What a converted model shares with the one it came from: parameters, checkpoints, copies, number type."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -66,6 +67,31 @@ def test_copy_leaves_the_model_untouched(training):
 
 
 @torch.no_grad()
+def test_parameters_stand_in_the_order_of_the_model():
+    model = build("vit", depth=2)
+    model.norm = nn.ModuleDict({"unread": nn.Linear(2, 2), "read": model.norm})
+    model.norm.forward = model.norm["read"].forward
+    idle = idlefx.convert(model, layers=[1], keep=0.5)
+    assert [name for name, _ in idle.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert list(copy.deepcopy(idle).state_dict()) == list(idle.state_dict()) == list(model.state_dict())
+
+
+def test_hooks_on_parameters_are_announced_where_they_get_lost():
+    model, seen = build("vit", depth=2), []
+    model.norm.weight.register_hook(lambda _: seen.append("gradient"))
+    model.head.weight.register_post_accumulate_grad_hook(lambda _: seen.append("stored"))
+    words = "^`norm.weight`, `head.weight`: hooks on gradients of parameters are not taken over.*copy=False"
+    with pytest.warns(UserWarning, match=words):
+        idle = idlefx.convert(model, layers=[1], keep=0.5)
+    idle(images(model, 2)).sum().backward()
+    assert not seen
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared = idlefx.convert(model, layers=[1], keep=0.5, copy=False)
+    shared(images(model, 2)).sum().backward()
+    assert set(seen) == {"gradient", "stored"}
+
+
 def test_without_copy_the_parameters_are_shared():
     model = build("registers")
     idle = convert(model, HALF, copy=False)

@@ -6,6 +6,7 @@ from torch import nn
 
 import idlefx
 from idlefx.pipeline import inspect
+from idlefx.runtime.module import selections
 from tests.models.small import build, images
 from tests.support.messages import refusal, says
 
@@ -130,6 +131,36 @@ def test_the_backend_writes_too(net, monkeypatch):
     found = outcome(torch.compile(net(), backend="idlefx", options={"layers": [1], "keep": 0.5}))
     torch._dynamo.reset()
     assert same(found[2:], wanted[2:]) and not same(found[:2], wanted[:2])
+
+
+class Replaced(Net):
+    """Puts another tensor in the place of its buffer, and asks for the batch as Python's `len`."""
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 2, 3))
+        x = self.vit.patch_embed(x - self.mean.view(3, 1, 1))
+        return self.rest(self.vit._pos_embed(x.view(len(x), -1, x.shape[-1])))
+
+
+@torch.no_grad()
+def test_buffers_that_are_replaced_are_so_where_the_batch_is_asked_by_len():
+    model = Replaced()
+    x = images(model.vit, 2)
+    with pytest.warns(UserWarning, match="fixes the batch size"):
+        idle = idlefx.convert(model, [1], 0.5, example_inputs=x)
+    for _ in range(2):
+        model(x), idle(x)
+        assert torch.allclose(idle.get_buffer("mean"), model.mean)
+    assert model.mean.abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_to_look_at_selections_writes_nothing():
+    model = Chain()
+    x = images(model.vit, 2)
+    idle = idlefx.convert(model, [1], 0.5, example_inputs=x)
+    selections(idle, x)
+    assert not idle.get_buffer("mean").any()
 
 
 def test_onnx_refuses_what_it_cannot_keep(tmp_path):

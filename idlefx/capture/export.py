@@ -18,11 +18,11 @@ from idlefx.capture.cleanup import tidy
 from idlefx.capture.inputs import guess_inputs, known_facts
 from idlefx.capture.loss_function import loss_function
 from idlefx.capture.modes import Modes
-from idlefx.capture.observation import Args, explain, observe
+from idlefx.capture.observation import Args, explain, observe, reassigns_buffers
 from idlefx.capture.stack_traces import every_line_of_the_model
 from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import IdleFxError, InputError
-from idlefx.graph.state import keeps_more
+from idlefx.graph.state import has_gradient_hooks, keeps_more
 from idlefx.records import ModelFacts
 from idlefx.runtime.labels import Loss
 
@@ -92,6 +92,13 @@ def _capture(model: nn.Module, example_inputs: Any, copy_model: bool) -> Capture
         warnings.warn(
             f"{names}: extra state and hooks of state_dict are not taken over; the converted model's state_dict holds "
             "parameters and buffers alone, so load and save those of the model itself where they matter",
+            stacklevel=4,
+        )
+    if copy_model and (hooked := [name for name, p in model.named_parameters() if has_gradient_hooks(p)]):
+        names = ", ".join(f"`{name}`" for name in hooked[:3]) + (f" and {len(hooked) - 3} more" if hooked[3:] else "")
+        warnings.warn(
+            f"{names}: hooks on gradients of parameters are not taken over; register them on those of the converted "
+            "model, or convert with copy=False, which keeps the parameters themselves",
             stacklevel=4,
         )
     inputs = tree_map_only(torch.Tensor, torch.clone, inputs)  # what inference_mode made cannot be computed with here
@@ -165,9 +172,14 @@ def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, ModelFacts]:
 
 
 def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
-    """The graph and whether its batch is free; strict tracing keeps `len(x)` free where the other does not."""
+    """The graph and whether its batch is free; strict tracing keeps `len(x)` free where the other does not.
+
+    But it loses, without a word, that a buffer is replaced.
+    """
     failures: list[Exception] = []
     for strict, batch_free in ((False, True), (True, True), (False, False)):
+        if strict and reassigns_buffers(model, inputs):
+            continue
         # A failed attempt leaves the tensors it was given marked as dynamic: each gets its own.
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
         shapes = _free_batch(model, inputs) if batch_free else None

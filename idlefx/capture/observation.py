@@ -78,6 +78,20 @@ def _watched_call(model: nn.Module, inputs: Args) -> tuple[list[str], str]:
     raise AssertionError("the last of the calls returns or raises")
 
 
+def reassigns_buffers(model: nn.Module, inputs: Args) -> bool:
+    """Whether a call puts another tensor in the place of a buffer, as in `self.mean = 0.9 * self.mean + 0.1 * new`."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    after = dict[str, torch.Tensor]()
+    handle = model.register_forward_hook(lambda *_: after.update(model.named_buffers()))
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
+            functional_call(model, dict(before), args, kwargs)  # which puts the new ones into what it is given
+    finally:
+        handle.remove()
+    return any(after[name] is not buffer for name, buffer in before.items())
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down every operation with its settings, but not its data."""
 

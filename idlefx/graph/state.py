@@ -1,7 +1,8 @@
 """The parameters and buffers of a module: the same names, and the same objects, as those of the model it came from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,10 +26,28 @@ def adopt(module: nn.Module, model: nn.Module) -> None:
                 owner.register_parameter(leaf, tensor)
             else:
                 owner.register_buffer(leaf, tensor)
+    _order(module, wanted)
     for name, _ in list(module.named_buffers()):
         if name not in wanted:  # a constant of the trace, or a buffer that the model does not save either
             owner, leaf = owner_of(module, name)
             owner._non_persistent_buffers_set.add(leaf)
+
+
+def _order(module: nn.Module, names: Iterable[str]) -> None:
+    """Let parameters, buffers and parts stand in this order, by which optimisers number what they remember."""
+    for name in names:
+        owner = module
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                break
+            owner._modules[part] = owner._modules.pop(part)
+            owner = owner.get_submodule(part)
+        else:
+            kinds: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for tensors in kinds:
+                if leaf in tensors:
+                    tensors[leaf] = tensors.pop(leaf)
 
 
 @contextmanager
@@ -46,6 +65,11 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 def keeps_more(module: nn.Module) -> list[str]:
     """The names of the parts whose state is more than tensors: extra state, and hooks of the user's own."""
     return [name for name, part in module.named_modules() if _has_extra_state(part) or _has_state_hooks(part)]
+
+
+def has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    """Whether something is to be done with its gradient, when it is computed or once it is there."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _has_extra_state(part: nn.Module) -> bool:
