@@ -28,9 +28,9 @@ def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout]) -> Walk:
     """
     walk = Walk(dict(known))
     region = list(nodes)
-    _check_writes(region, known)
     for node in region:
         walk.layouts[node] = rule_of(node)(walk, node)
+    _check_writes(region, known)
     return walk
 
 

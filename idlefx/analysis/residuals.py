@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from idlefx.analysis.attention import Core
-from idlefx.graph.queries import dominator_chain, leaks, post_dominator_chain, region
+from idlefx.graph.queries import dominator_chain, leaks, post_dominator_chain, region, value
 from idlefx.graph.sizes import shape_of
 
 aten = torch.ops.aten
@@ -47,15 +47,17 @@ class Branch:
     tail: tuple[fx.Node, ...] | None = None
 
 
-def attention_branch(flow: nx.DiGraph, source: fx.Node, core: Core) -> Branch | None:
+def attention_branch(flow: nx.DiGraph, source: fx.Node, core: Core, outs: set[fx.Node]) -> Branch | None:
     """The residual branch that an attention stands in, if its result is added back to anything.
 
-    It starts at the nearest dominator of the attention that is also an addend behind it.
+    It starts at the nearest dominator of the attention that is also an addend behind it; or, where a stage begins and
+    the stream itself is projected or pooled on its way to the sum, where the two part.
 
     Args:
         flow: Data flow from the image.
         source: The image.
         core: The attention.
+        outs: Results of all attention.
     """
     dominators = set(dominator_chain(flow, source, core.out))
     for node in post_dominator_chain(flow, core.out):
@@ -63,7 +65,26 @@ def attention_branch(flow: nx.DiGraph, source: fx.Node, core: Core) -> Branch | 
             start = _addend_among(dominators, node, shape_of(node))
             if start is not None:
                 return Branch(start, node)
-    return None
+    return _changed_stream(flow, source, core, outs)
+
+
+def _changed_stream(flow: nx.DiGraph, source: fx.Node, core: Core, outs: set[fx.Node]) -> Branch | None:
+    """The outermost sum of an attention with what came another way, up to the next attention.
+
+    Queries that are added to their own attention make a sum further inside, which is no residual connection. A sum of
+    one token, such as a class token that attends to all, leaves the stream of tokens.
+    """
+    dominators = set(dominator_chain(flow, source, core.out))
+    branch = None
+    for node in post_dominator_chain(flow, core.out):
+        fork = next(dominator_chain(flow, source, node), None) if _joins(flow, node) else None
+        if fork not in dominators or value(fork) is None:
+            continue
+        if len(shape_of(fork)) != len(shape_of(node)) or 1 in shape_of(node)[1:]:
+            continue
+        if outs.intersection(region(flow, fork, node)) == {core.out}:
+            branch = Branch(fork, node)
+    return branch
 
 
 def stream_behind(flow: nx.DiGraph, branch: Branch, following: fx.Node | None, outs: set[fx.Node]) -> list[fx.Node]:
@@ -102,7 +123,7 @@ def branches_along(
     """
     branches, closed = [], 0  # `closed`: position of the sum of the branch that starts at `start`
     for at in range(1, len(stream)):
-        if _joins(flow, stream[at]) and shape_of(stream[at]) == shape_of(start):
+        if _joins(flow, stream[at]) and shape_of(stream[at]) == shape_of(stream[0]):
             fork = _addend_among(set(stream[closed:at]), stream[at])
             if fork is not None:
                 branches.append(Branch(start, stream[closed], tuple(stream[closed + 1 : stream.index(fork) + 1])))

@@ -87,13 +87,13 @@ def _segments(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> list[
     """The residual stream, cut where the branches of attention start; empty if no attention is added back."""
     branches: dict[fx.Node, Branch] = {}
     sharing: dict[fx.Node, list[Core]] = {}
+    outs = {core.out for core in cores}
     for core in cores:
-        branch = attention_branch(flow, source, core)
+        branch = attention_branch(flow, source, core, outs)
         if branch is not None:
             branches.setdefault(branch.start, branch)
             sharing.setdefault(branch.start, []).append(core)
     starts = [node for node in flow if node in branches]
-    outs = {core.out for core in cores}
     segments = []
     for start, following in zip(starts, [*starts[1:], None], strict=False):
         stream = stream_behind(flow, branches[start], following, outs)

@@ -11,7 +11,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from idlefx.graph.memory import has_effect
+from idlefx.graph.memory import has_effect, written
 from idlefx.utils.source_lines import innermost
 
 SINK = "sink"
@@ -131,9 +131,34 @@ def region(flow: nx.DiGraph, start: fx.Node, end: fx.Node) -> list[fx.Node]:
 
 
 def leaks(nodes: Iterable[fx.Node], end: fx.Node) -> list[fx.Node]:
-    """The nodes of a region, other than its end, that something outside reads."""
+    """The nodes of a region, other than its end, that something outside reads.
+
+    What is computed only to be written into memory of the region, before it ends, stays inside.
+    """
     inside = set(nodes)
-    return [n for n in nodes if n is not end and any(u not in inside and _reads_tensor(u) for u in n.users)]
+
+    def outside(user: fx.Node) -> bool:
+        return user not in inside and _reads_tensor(user) and not _written_back(user, inside, end)
+
+    return [n for n in nodes if n is not end and any(map(outside, n.users))]
+
+
+def _written_back(node: fx.Node, inside: set[fx.Node], end: fx.Node) -> bool:
+    """Whether all that a node leads to is written into memory of a region before its end."""
+    if node in inside:
+        return True
+    if node.op == "output" or end < node:
+        return False
+    if targets := written(node):
+        return all(_viewed(target) in inside for target in targets) and not node.users
+    return bool(node.users) and all(_written_back(user, inside, end) for user in node.users)
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of, through other views."""
+    while is_view(node):
+        node = tensor_argument(node, 0)
+    return node
 
 
 def _reads_tensor(user: fx.Node) -> bool:

@@ -148,7 +148,7 @@ NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, na
     ("vision_transformer_sam", "samvit_base_patch16", {**SAM, "num_classes": 0}, 4, "has 4 dimensions"),
     ("swin_transformer", "swin_tiny_patch4_window7_224", SWIN, 3, "has 4 dimensions"),
     ("pvt_v2", "pvt_v2_b0", {}, 8, "grid of patches"),
-    ("mvitv2", "mvitv2_tiny", {"img_size": 64}, None, "read outside|grid of patches"),
+    ("mvitv2", "mvitv2_tiny", {"img_size": 64}, 10, "grid of patches"),
     ("xcit", "xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, None, "over the token axis"),
     ("hiera", "hiera_tiny_224", {"img_size": 64}, 9, "windows"),
     ("convit", "convit_tiny", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}, 3, "over the token axis"),
