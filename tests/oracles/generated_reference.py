@@ -122,8 +122,7 @@ def run_block(
     return out, torch.cat(queries, 1), torch.cat(keys, 1)
 
 
-@torch.no_grad()
-def run(model: ViT, plan: Mapping[int, int], inputs: tuple[Tensor, ...]) -> Result:
+def run(model: ViT, plan: Mapping[int, int], inputs: tuple[Any, ...], *, gradients: bool = False) -> Result:
     """Run the model with the blocks of the plan keeping so many image tokens."""
     config, selected, margins = model.config, {}, []
 
@@ -133,12 +132,13 @@ def run(model: ViT, plan: Mapping[int, int], inputs: tuple[Tensor, ...]) -> Resu
             return block(x, *context)
         everyone = torch.ones(x.shape[:2][::-1] if first else x.shape[:2], dtype=torch.bool)
         _, q, k = run_block(block, x, context, everyone)
-        works, margin = choose(attention_scores(q, k, prefix, config.class_at(index)), plan[index], prefix)
+        scores = attention_scores(q, k, prefix, config.class_at(index)).detach()
+        works, margin = choose(scores, plan[index], prefix)
         selected[index] = works.nonzero()[:, 1].view(len(works), -1)
         margins.append(margin)
         worked, *_ = run_block(block, x, context, works)
         return torch.where((works.t() if first else works)[..., None], worked, x)
 
-    with patch.object(model, "through", through):
+    with patch.object(model, "through", through), torch.set_grad_enabled(gradients):
         output = model(*inputs)
     return Result(output, selected, min(margins, default=math.inf))

@@ -1,11 +1,14 @@
 """A block of the generated models: where its norms, branches and residual connections stand."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.models.generated.attention import Attention
 from tests.models.generated.config import Config
+from tests.models.generated.habits import leave_attention
 from tests.models.generated.mlp import Mlp
 from tests.models.generated.norms import NORMS
 from tests.models.generated.unfit import ReducedKeys, Windows
@@ -30,6 +33,8 @@ class Block(nn.Module):
             self.modulation = nn.Linear(c.width, 3 * c.width)
         if c.injected:
             self.inject = nn.Linear(c.width, c.width)
+        if c.wrapper == "forward_hook":
+            self.attentions[0].register_forward_hook(lambda module, given, out: 0.8 * out)
 
     def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
         if self.config.block == "mlp_first":
@@ -69,13 +74,15 @@ class Block(nn.Module):
             label = label[None] if self.config.tokens_first else label[:, None]
             shift, scale, gate = self.modulation(F.silu(label)).chunk(3, dim=-1)
             x = x * (1 + scale) + shift
-        out = self.attentions[0](x, positions, valid)
+        with torch.autocast("cpu", enabled=False) if self.config.region == "autocast_attention" else nullcontext():
+            out = self.attentions[0](x, positions, valid)
         if self.config.block == "two_cores":
             out = self.join(torch.cat([out, self.attentions[1](x, positions, valid)], dim=-1))
         if self.config.block == "nested":
             out = self.attentions[1](out, positions, valid)
         if self.config.injected:
             out = out + self.inject(origin)
+        out = leave_attention(self.config, out)
         return out if label is None else gate * out
 
     def merge(self, x: Tensor, branch: Tensor, which: int) -> Tensor:

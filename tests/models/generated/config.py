@@ -40,8 +40,20 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "grid": ((4, 4), (3, 5), (2, 6)),
     "unfit": (
         "none", "depthwise", "token_mean", "token_norm", "token_mlp", "token_shift", "token_sum", "squeeze",
-        "reduced_keys", "windows",
+        "reduced_keys", "windows", "written_buffer", "autocast",
     ),
+    "gradient": ("plain", "reversed", "reversed_in_blocks", "hooked", "module_hook"),
+    "buffer": ("none", "in_place", "reassigned", "copied"),
+    "statistics": (False, True),
+    "region": ("none", "no_grad", "no_grad_write", "no_grad_in_blocks", "autocast", "autocast_attention"),
+    "flag": ("none", "number", "switch"),
+    "modes": ("eval", "train", "frozen_blocks", "frozen_statistics", "sampling"),
+    "wrapper": ("none", "compiled", "parallel", "both", "compiled_block", "forward_hook"),
+}  # fmt: skip
+
+MOSTLY_THE_SIMPLEST = {  # how many more times the simplest choice is drawn than each of the others
+    "batch": 9, "unfit": 12, "collision": 4, "gradient": 12, "buffer": 2, "statistics": 1, "region": 6, "flag": 1,
+    "modes": 1, "wrapper": 6,
 }  # fmt: skip
 
 
@@ -77,6 +89,13 @@ class Config:
     collision: str = "none"
     grid: tuple[int, int] = (4, 4)
     unfit: str = "none"
+    gradient: str = "plain"
+    buffer: str = "none"
+    statistics: bool = False
+    region: str = "none"
+    flag: str = "none"
+    modes: str = "eval"
+    wrapper: str = "none"
     depth: int = 3
 
     def __repr__(self) -> str:
@@ -193,4 +212,13 @@ class Config:
             c = c.reset(norm=("none",))
         if c.head == "dense":
             c = c.reset(outputs=("features",))
+        if c.buffer == "reassigned":  # keeps the batch free in one way of tracing only, which `len(x)` does not stand
+            c = c.reset(batch=("len",))
+        if c.modes == "frozen_statistics":
+            c = replace(c, statistics=True)
         return c
+
+    def is_deterministic(self, training: bool) -> bool:
+        """Whether the model draws no random numbers in a mode, or only in its head."""
+        frozen = self.modes == "frozen_blocks" or not self.dropout
+        return frozen if training else True

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.models.generated.block import Block
 from tests.models.generated.config import Config
+from tests.models.generated.habits import Habits
 
 PATCH, CLASSES, LABELS = 4, 7, 5
 
@@ -40,7 +41,7 @@ class Output:
 torch.export.register_dataclass(Output, serialized_type_name="generated.Output")
 
 
-class ViT(nn.Module):
+class ViT(Habits):
     """`forward(image)` or `forward(image, other)`: a label (B,), or which image tokens are valid (B, M)."""
 
     def __init__(self, config: Config) -> None:
@@ -66,9 +67,10 @@ class ViT(nn.Module):
         if "pooling" in c.head:
             self.pooling = Pooling(c.width)
         self.head = nn.Linear(c.width * (2 if c.head == "class_and_mean" else 1), CLASSES)
+        self.add_habits()
 
-    def forward(self, image: Tensor, other: Tensor | None = None) -> Any:
-        x, context = self.embed(image, other)
+    def forward(self, image: Tensor, other: Tensor | None = None, gain: float = 1.0, flipped: bool = False) -> Any:
+        x, context = self.embed(image.flip(-1) if flipped else gain * image, other)
         features: list[Tensor] = []
         for index in range(self.config.depth):
             x = self.enter(index, x, features)
@@ -82,6 +84,7 @@ class ViT(nn.Module):
         x = self.patches(image).flatten(2).transpose(1, 2)
         if c.batch == "implicit":
             x = x.reshape(-1, c.image_tokens, c.width)
+        x = self.enter_patches(x)
         if c.positions == "image":
             x = x + self.positions
         label = self.labels(other) if c.inputs in ("label", "label_token", "modulated") else None
@@ -145,7 +148,7 @@ class ViT(nn.Module):
             pooled = self.pooling(x if c.head == "pooling" else image)
         else:
             pooled = (image if c.head == "mean" else x).mean(dim=1)
-        logits = self.head(pooled)
+        logits = self.read(pooled)
         if c.outputs == "dataclass":
             return Output(logits, logits.softmax(-1))
         if c.outputs == "features":
@@ -177,14 +180,16 @@ def build(config: Config, seed: int = 0) -> ViT:
     return model.eval()
 
 
-def inputs(config: Config, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
-    """Noise over a colour of its own for each image, and the second input if the model has one."""
+def inputs(config: Config, batch: int, seed: int = 0) -> tuple[Any, ...]:
+    """Noise over a colour of its own for each image, the second input if the model has one, and flags."""
     generator = torch.Generator().manual_seed(seed)
     colour = torch.randn(batch, 3, 1, 1, generator=generator)
     image = colour + torch.randn(batch, 3, *(PATCH * side for side in config.grid), generator=generator)
-    if config.inputs == "image":
-        return (image,)
+    given: tuple[Any, ...] = (image,)
     if config.inputs == "valid":
         invalid = torch.randint(config.image_tokens, (batch, 1), generator=generator)
-        return image, torch.arange(config.image_tokens) != invalid
-    return image, torch.randint(LABELS, (batch,), generator=generator)
+        given = image, torch.arange(config.image_tokens) != invalid
+    elif config.inputs != "image":
+        given = image, torch.randint(LABELS, (batch,), generator=generator)
+    flags = {"none": (), "number": (2.0,), "switch": (1.0, True)}[config.flag]
+    return (*given, None, *flags) if flags and len(given) == 1 else (*given, *flags)
