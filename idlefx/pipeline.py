@@ -10,9 +10,9 @@ from torch import fx, nn
 
 from idlefx.analysis.blocks import find_blocks
 from idlefx.capture.export import Captured, capture
-from idlefx.errors import IdleFxError, InputError, PassError
+from idlefx.errors import IdleFxError, InputError, PassError, PlanError
 from idlefx.graph import inference
-from idlefx.graph.state import adopt
+from idlefx.graph.state import adopt, attributes, wrapper_kind
 from idlefx.options import AUTO, Idle, PlanOptions, Schedule
 from idlefx.passes import (
     add_cut_loss,
@@ -31,6 +31,7 @@ from idlefx.runtime import weights
 from idlefx.runtime.answers import answers_of
 from idlefx.runtime.call_checks import checks_of
 from idlefx.runtime.conversion import Conversion, Form
+from idlefx.runtime.layers import call_layers, find_layers, put_layers
 from idlefx.runtime.module import IdleModule, conversion_of, converted
 
 Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
@@ -94,6 +95,10 @@ def convert(
         )
     evaluation = _carry_out(options, captured.eval_graph)
     training = _for_training(captured, evaluation, options)
+    modules = find_layers(captured.eval_graph, (evaluation.source, training.source))
+    put_layers(modules, captured.eval_graph, captured.train_graph)
+    for form in (evaluation, training):
+        call_layers(form.graph, modules)
     conversion = Conversion(
         options,
         evaluation,
@@ -104,6 +109,7 @@ def convert(
         example_inputs is None,
         checks_of(captured.model.forward, captured.eval_graph.graph),
         answers_of(captured.model),
+        modules,
         captured.custom_gradient,
         weights.sample(captured.model),
         captured.loss,
@@ -164,7 +170,10 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Seque
 
 def spell(module: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule:
     """A copy in which everything is spelled in the ways that the analysis knows; of another graph if one is given."""
-    copied = fx.GraphModule(module, deepcopy(module.graph if graph is None else graph))
+    if graph is None:
+        copied = fx.GraphModule(module, deepcopy(module.graph))
+    else:
+        copied = fx.GraphModule(attributes(module, graph), deepcopy(graph))
     adopt(copied, module)
     return _run(SPELL, copied, Plan((), BlockTable(())))
 
@@ -182,7 +191,17 @@ def rewrite(spelled: fx.GraphModule, plan: Plan, original: fx.GraphModule) -> fx
 def _carry_out(options: PlanOptions, captured: fx.GraphModule) -> Form:
     """Find the blocks of a captured graph, and let those idle that the options name."""
     spelled = spell(captured)
-    plan = make_plan(find_blocks(spelled, options.prefix), options)
+    blocks = find_blocks(spelled, options.prefix)
+    try:
+        plan = make_plan(blocks, options)
+    except PlanError as refusal:
+        kind = wrapper_kind(captured.parameters())
+        if kind and not all(block.can_idle for block in blocks):
+            raise PlanError(
+                f"{refusal}\nweights of the model are {kind}; convert it before it is quantised, and quantise the "
+                "converted model"
+            ) from refusal
+        raise
     return Form(deepcopy(captured.graph), plan, rewrite(spelled, plan, captured).graph)
 
 
@@ -208,6 +227,7 @@ def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) ->
 
 def _with_cut_loss(idle: IdleModule, form: Form) -> Form:
     rewritten = _run(REST_WITH_LOSS, spell(idle, form.source), form.plan)
+    call_layers(rewritten.graph, conversion_of(idle).layers)
     return replace(form, graph=rewritten.graph)
 
 

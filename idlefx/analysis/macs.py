@@ -9,6 +9,7 @@ from torch import fx
 
 from idlefx.errors import BlockError
 from idlefx.graph.equations import read_equation
+from idlefx.graph.notes import layer_of
 from idlefx.graph.queries import source_line
 from idlefx.graph.sizes import ONE_IMAGE, shape_of
 from idlefx.runtime import following, ops
@@ -117,4 +118,16 @@ def count_macs(nodes: Iterable[fx.Node]) -> int:
     Linear layers, matrix products and convolutions cost the size of their output times the length of what is
     summed; attention of H heads, N queries and M keys costs `H * N * M * (D_qk + D_v)`.
     """
-    return sum(FORMULAS[node.target](node) for node in nodes if node.target in FORMULAS)
+    return sum(map(_macs, nodes))
+
+
+def _macs(node: fx.Node) -> int:
+    layer = layer_of(node)
+    if layer is None:
+        return FORMULAS[node.target](node) if node.target in FORMULAS else 0
+    if layer.kind == "Linear":
+        return _size(node) * int(layer.settings[0])
+    if layer.kind == "Conv2d":
+        channels, _, kernel, *_, groups = layer.settings
+        return _size(node) * int(channels // groups * math.prod(kernel))
+    return 0

@@ -16,6 +16,7 @@ from torch.fx.traceback import preserve_node_meta
 from idlefx.capture.cleanup import tidy
 from idlefx.errors import CaptureError
 from idlefx.graph.queries import placeholders, source_line
+from idlefx.graph.state import wrapper_kind
 
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
@@ -118,6 +119,11 @@ def fast_path_line(given: fx.GraphModule) -> str:
     """The user's line of a layer that torch computes as one operation, in which attention is hidden; empty if none."""
     calls = (node for node in given.graph.nodes if node.op == "call_function")
     return next((source_line(node) for node in calls if node.target in _FAST_PATH), "")
+
+
+def wrapped_state(given: fx.GraphModule) -> str:
+    """The type of a weight that holds its values in other tensors, which `lower` would take for constants."""
+    return wrapper_kind(_example(holder) for holder in placeholders(given.graph) if is_state(holder))
 
 
 def is_state(holder: fx.Node) -> bool:

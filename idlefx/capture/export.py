@@ -22,7 +22,7 @@ from idlefx.capture.observation import Args, explain, observe, reassigns_buffers
 from idlefx.capture.stack_traces import every_line_of_the_model
 from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import IdleFxError, InputError
-from idlefx.graph.state import has_gradient_hooks, keeps_more
+from idlefx.graph.state import computed, has_gradient_hooks, keeps_more
 from idlefx.records import ModelFacts
 from idlefx.runtime.labels import Loss
 
@@ -102,7 +102,7 @@ def _capture(model: nn.Module, example_inputs: Any, copy_model: bool) -> Capture
             stacklevel=4,
         )
     inputs = tree_map_only(torch.Tensor, torch.clone, inputs)  # what inference_mode made cannot be computed with here
-    target = _copy(model) if copy_model else model
+    target = copy.deepcopy(model, computed(model)) if copy_model else model
     modes = Modes(target)
     try:
         eval_graph, batch_free = _trace(modes.switch(False), inputs)
@@ -116,20 +116,6 @@ def _capture(model: nn.Module, example_inputs: Any, copy_model: bool) -> Capture
     if not batch_free:
         warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=4)
     return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free, custom, loss)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model with pruning masks or weight norm.
-
-    They keep a weight as a plain attribute, computed anew in each call; torch copies no tensor that was computed with
-    gradients.
-    """
-    memo = dict[int, Any]()
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _check_weights(model: nn.Module) -> None:

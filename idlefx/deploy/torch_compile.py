@@ -22,6 +22,7 @@ from idlefx.capture.dynamo_graph import (
     has_one_image,
     lift,
     lower,
+    wrapped_state,
 )
 from idlefx.capture.graph_breaks import Part, forget, part_of
 from idlefx.deploy.inductor import compile_graph
@@ -95,6 +96,11 @@ def _with_idling(given: fx.GraphModule, inputs: list[Any], options: PlanOptions)
     spelled = spell(original)
     if not find_cores(spelled.graph):
         return given
+    if kind := wrapped_state(given):
+        raise CaptureError(
+            f"capture: weights of the model are {kind}, which the backend cannot look into; use idlefx.convert on the "
+            "model before it is quantised, then quantise the converted model and compile that"
+        )
     if line := autocast_line(given):
         raise CaptureError(
             f"capture: the model switches autocast inside its forward (at {line}); switch it around the call instead"

@@ -4,11 +4,12 @@ A note stands in `node.meta["idlefx"]`. Names of nodes are for people; no code r
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import fx
 
 KEY = "idlefx"
+LAYER = "idlefx_layer"  # where it stands on a node that calls a layer which one is
 
 Role = Literal[
     "score", "class token", "query", "choice", "index", "place", "followers", "sizes", "gather", "work", "scatter",
@@ -42,6 +43,22 @@ class Spelled:
     attention: str
 
 
+class Layer(NamedTuple):
+    """A module of the model that does one operation with its own weight; the final graph calls it.
+
+    Attributes:
+        path: Where it stands.
+        kind: "Linear", "LayerNorm" or "Conv2d", as `torch.nn` calls it.
+        settings: Its sizes and what else it is made with, in the order of `idlefx.runtime.layers`.
+        bias: Whether it has a bias.
+    """
+
+    path: str
+    kind: str
+    settings: tuple[Any, ...]
+    bias: bool
+
+
 Note = Made | Spelled
 
 
@@ -49,6 +66,12 @@ def note_of(node: fx.Node) -> Note | None:
     """The note on a node, if there is one."""
     note: Note | None = node.meta.get(KEY)
     return note
+
+
+def layer_of(node: fx.Node) -> Layer | None:
+    """The layer that a node of a final graph calls, if it calls one."""
+    layer: Layer | None = node.meta.get(LAYER)
+    return layer
 
 
 def made_for(graph: fx.Graph, block: int, *roles: Role) -> list[fx.Node]:

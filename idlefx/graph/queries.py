@@ -173,6 +173,12 @@ def remove_dead(graph: fx.Graph) -> None:
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or has_effect(node))
 
 
+def module_path(node: fx.Node) -> str:
+    """The innermost module that a node was traced from; empty where it is the model itself, or unknown."""
+    levels = list(node.meta.get("nn_module_stack", {}).values())
+    return str(levels[-1][0]).partition("@")[0] if levels else ""  # torch numbers repeated calls: "fc@1"
+
+
 def common_path(nodes: Iterable[fx.Node]) -> str:
     """The innermost module that all nodes were traced from."""
     stacks = [[str(path) for path, _ in n.meta.get("nn_module_stack", {}).values()] for n in nodes]

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _EXTRA = "_extra_state"  # how torch names what `get_extra_state` returns
 _EXTRA_METHODS = ("get_extra_state", "set_extra_state")
@@ -83,6 +84,17 @@ def _has_state_hooks(part: nn.Module) -> bool:
     return not all(str(origin).startswith("torch.") for origin in origins)
 
 
+def attributes(module: nn.Module, graph: fx.Graph) -> dict[str, torch.Tensor]:
+    """The tensors of `module` that a graph reads, by name; what the trace recorded of one that is no longer there."""
+    tensors = dict[str, torch.Tensor]()
+    for node in graph.find_nodes(op="get_attr"):
+        part: Any = module
+        for name in node.target.split("."):
+            part = getattr(part, name, None)
+        tensors[node.target] = node.meta["val"] if part is None else part
+    return tensors
+
+
 def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The submodule that a dotted name lives in, made where it is missing, and the last part of the name."""
     *path, leaf = name.split(".")
@@ -91,6 +103,47 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     return module, leaf
+
+
+def place(module: nn.Module, name: str, part: torch.Tensor | nn.Module) -> None:
+    """Let a module have a parameter, buffer or part of that name, if it has none."""
+    owner, leaf = owner_of(module, name)
+    if hasattr(owner, leaf):
+        return
+    if isinstance(part, nn.Module):
+        owner.add_module(leaf, part)
+    elif isinstance(part, nn.Parameter):
+        owner.register_parameter(leaf, part)
+    else:
+        owner.register_buffer(leaf, part)
+
+
+def keep_order(module: nn.Module, model: nn.Module) -> None:
+    """List parameters, buffers and parts of `module` in the order of `model`, which optimisers and averages rely on."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        entries, wanted = getattr(module, kind), getattr(model, kind)
+        for name in [*(name for name in wanted if name in entries), *(name for name in entries if name not in wanted)]:
+            entries[name] = entries.pop(name)
+    for name, part in module._modules.items():
+        there = model._modules.get(name)
+        if part is not None and there is not None and part is not there:
+            keep_order(part, there)
+
+
+def computed(model: nn.Module) -> dict[int, torch.Tensor]:
+    """A memo for `deepcopy`, with which it copies a model with pruning masks or weight norm too.
+
+    They keep a weight as a plain attribute, computed anew in each call; torch copies no tensor that was computed with
+    gradients.
+    """
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    return {id(t): t.detach().clone() for t in attributes if isinstance(t, torch.Tensor) and not t.is_leaf}
+
+
+def wrapper_kind(tensors: Iterable[object]) -> str:
+    """The type of the first tensor that holds its values in others, as quantised ones do; empty if none does."""
+    kinds = (type(tensor) for tensor in tensors if is_traceable_wrapper_subclass(tensor))
+    return next((f"{kind.__module__}.{kind.__qualname__}" for kind in kinds), "")
 
 
 def list_numbered(module: nn.Module) -> None:

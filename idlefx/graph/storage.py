@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map
 
 from idlefx.errors import InputError
-from idlefx.graph.notes import KEY
+from idlefx.graph.notes import KEY, LAYER
 from idlefx.graph.sizes import FREE_BATCH
 
 
@@ -144,7 +144,7 @@ def _operator(name: str) -> Any:
 
 
 def _stored_meta(node: fx.Node) -> dict[str, Any]:
-    meta = {key: node.meta[key] for key in (KEY, "stack_trace") if key in node.meta}
+    meta = {key: node.meta[key] for key in (KEY, LAYER, "stack_trace") if key in node.meta}
     if "nn_module_stack" in node.meta:  # whose classes another process need not have
         meta["nn_module_stack"] = {key: (path, "") for key, (path, _) in node.meta["nn_module_stack"].items()}
     if "val" in node.meta:

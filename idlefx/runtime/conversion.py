@@ -1,10 +1,12 @@
 """What a converted model remembers of how it was made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from idlefx.errors import InputError
+from idlefx.graph.notes import Layer
 from idlefx.options import PlanOptions
 from idlefx.records import BlockTable, ModelFacts, Plan
 from idlefx.runtime.answers import Answers
@@ -19,7 +21,7 @@ class Form:
     Attributes:
         source: The graph as it was captured.
         plan: The plan, whose blocks are nodes of that graph.
-        graph: The graph as it was rewritten.
+        graph: The graph as it was rewritten, which calls the model's layers.
     """
 
     source: fx.Graph
@@ -41,6 +43,7 @@ class Conversion:
         inputs_guessed: Whether the example inputs were guessed, and not given.
         calls: How it is called, and what of that the trace has built in.
         answers: What the model says of itself to optimisers, loaders and people.
+        layers: The modules that the graphs call, by path.
         custom_gradient: What in the model has gradients of its own, which the graphs do not have: it is for inference
             only. Empty if nothing has.
         weights: One number of every parameter, as it was.
@@ -56,6 +59,7 @@ class Conversion:
     inputs_guessed: bool
     calls: CallChecks
     answers: Answers
+    layers: Mapping[str, Layer]
     custom_gradient: str = ""
     weights: tuple[float, ...] = ()
     loss: Loss | None = None

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -11,15 +12,17 @@ from torch.fx.graph import PythonCode
 from torch.utils._pytree import tree_leaves
 
 from idlefx.errors import InputError
-from idlefx.graph.notes import KEY
-from idlefx.graph.state import adopt, list_numbered, owner_of
+from idlefx.graph.notes import KEY, Layer
+from idlefx.graph.state import adopt, computed, keep_order, list_numbered, owner_of, place
 from idlefx.records import Plan
 from idlefx.runtime import ops
 from idlefx.runtime.call_checks import checked
 from idlefx.runtime.conversion import Conversion
 from idlefx.runtime.labels import with_loss
+from idlefx.runtime.layers import layer_around
 from idlefx.runtime.parts import Owner, make_parts
 from idlefx.runtime.saving import SavedModule, own_attributes, saved
+from idlefx.runtime.swaps import containers_of, guarded
 
 
 class IdleModule(Owner, fx.GraphModule):
@@ -27,6 +30,7 @@ class IdleModule(Owner, fx.GraphModule):
 
     Signature, output structure, and the names of parameters and buffers are the original's, so checkpoints load
     both ways. Where train mode runs other operations than eval mode, `.train()` and `.eval()` swap the graph.
+    Its graph calls linear layers, norms and convolutions, which may be changed; all other modules are containers.
 
     What the model says of itself, in plain data and to optimisers, it still says: `idle.num_classes`,
     `idle.pretrained_cfg`, `idle.no_weight_decay()`.
@@ -59,10 +63,13 @@ class IdleModule(Owner, fx.GraphModule):
         roots = [(conversion.evaluation, eval_root)]
         if conversion.training is not conversion.evaluation:
             roots.append((conversion.training, train_root))
+        for path in conversion.layers:
+            place(self, path, eval_root.get_submodule(path))
         for form, root in roots:
             for graph in (form.graph, form.source):
-                _add_constants(self, root, graph)
+                _add_constants(self, root, graph, conversion.layers)
         adopt(self, eval_root)
+        keep_order(self, eval_root)
         list_numbered(self)
         make_parts(self, conversion.graphs)
         self.meta[KEY] = conversion
@@ -95,7 +102,8 @@ class IdleModule(Owner, fx.GraphModule):
         conversion = self.__dict__.get("meta", {}).get(KEY)
         if conversion is not None:
             kind: Any = type(self)  # every graph module has a class of its own
-            kind.forward = with_loss(checked(inspect.unwrap(kind.forward), conversion.calls), conversion.loss)
+            forward = guarded(inspect.unwrap(kind.forward), containers_of(self.graph))
+            kind.forward = with_loss(checked(forward, conversion.calls), conversion.loss)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:  # what torch calls while TorchScript is tracing
         _speak_of_tracing()
@@ -129,11 +137,15 @@ class IdleModule(Owner, fx.GraphModule):
         return _load, (saved(self, conversion_of(self)),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IdleModule":
+        memo.update(computed(self))
         copied: IdleModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
-        for name, tensor in tensors:  # those that the graph of the present mode does not read
-            _place(copied, name, deepcopy(tensor, memo))
+        for path in conversion_of(self).layers:  # also those that the graph of the present mode does not call
+            place(copied, path, deepcopy(self.get_submodule(path), memo))
+        for name, tensor in tensors:
+            place(copied, name, deepcopy(tensor, memo))
         adopt(copied, self)
+        keep_order(copied, self)
         list_numbered(copied)
         make_parts(copied, conversion_of(self).graphs)
         copied._check_calls()
@@ -197,25 +209,14 @@ def _load(file: SavedModule) -> IdleModule:
     return idle
 
 
-def _add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph) -> None:
+def _add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph, layers: Mapping[str, Layer]) -> None:
     """Give `module` the constants and regions of `root` that only this graph reads, under names that are free."""
     for node in graph.find_nodes(op="get_attr"):
+        if layer_around(str(node.target), layers):
+            continue
         path, _, leaf = str(node.target).rpartition(".")
         tensor = getattr(root.get_submodule(path), leaf)
         owner, _ = owner_of(module, str(node.target))
         if getattr(owner, leaf, tensor) is not tensor:
             node.target += "_in_training"
-        _place(module, str(node.target), tensor)
-
-
-def _place(module: nn.Module, name: str, tensor: torch.Tensor | nn.Module) -> None:
-    """Let a module have a parameter, buffer or region of that name, if it has none."""
-    owner, leaf = owner_of(module, name)
-    if hasattr(owner, leaf):
-        return
-    if isinstance(tensor, nn.Module):
-        owner.add_module(leaf, tensor)
-    elif isinstance(tensor, nn.Parameter):
-        owner.register_parameter(leaf, tensor)
-    else:
-        owner.register_buffer(leaf, tensor)
+        place(module, str(node.target), tensor)

@@ -1,7 +1,8 @@
 """A converted model in a form that pickle takes: for `torch.save`, for other processes, and whatever else pickles.
 
-Graphs become plain records, and the parameters and buffers go by name, so that the file needs nothing of the user's own
-code, but idlefx, what registers operators and token scores, and the library of the model's configuration if it has one.
+Graphs become plain records, and parameters, buffers and layers go by name, so that the file needs nothing of the user's
+own code, but idlefx, what registers operators and token scores, what layers were replaced by, and the library of the
+model's configuration if it has one.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from idlefx.graph.state import owner_of
 from idlefx.graph.storage import StoredGraph, restore, store
 from idlefx.records import Plan
 from idlefx.runtime.conversion import Conversion, Form
+from idlefx.runtime.layers import layer_around
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class SavedModule:
         conversion: What it remembers, without what it does in each mode.
         evaluation: What it does in eval mode.
         training: What it does in train mode; the same object where the mode makes no difference.
-        tensors: Its parameters and buffers.
-        kept: The names of those that a checkpoint holds too.
+        parts: Its parameters and buffers by name, and in place of those of its layers what stands there, by path.
+        kept: The names of the tensors that a checkpoint holds too.
         modes: Of each of its modules, whether it is in train mode.
         attributes: What else its owner has written on it.
     """
@@ -43,7 +45,7 @@ class SavedModule:
     conversion: Conversion
     evaluation: SavedForm
     training: SavedForm
-    tensors: Mapping[str, torch.Tensor]
+    parts: Mapping[str, torch.Tensor | nn.Module]
     kept: frozenset[str]
     modes: Mapping[str, bool]
     attributes: Mapping[str, Any]
@@ -55,14 +57,16 @@ class SavedModule:
         return replace(self.conversion, evaluation=evaluation, training=training)
 
     def root(self) -> nn.Module:
-        """A module of its parameters and buffers."""
+        """A module of its parameters, buffers and layers."""
         root = nn.Module()
-        for name, tensor in self.tensors.items():
+        for name, part in self.parts.items():
             owner, leaf = owner_of(root, name)
-            if isinstance(tensor, nn.Parameter):
-                owner.register_parameter(leaf, tensor)
+            if isinstance(part, nn.Module):
+                owner.add_module(leaf, part)
+            elif isinstance(part, nn.Parameter):
+                owner.register_parameter(leaf, part)
             else:
-                owner.register_buffer(leaf, tensor, persistent=name in self.kept)
+                owner.register_buffer(leaf, part, persistent=name in self.kept)
         return root
 
 
@@ -79,11 +83,18 @@ def saved(idle: fx.GraphModule, conversion: Conversion) -> SavedModule:
     evaluation = _stored(conversion.evaluation)
     training = evaluation if conversion.training is conversion.evaluation else _stored(conversion.training)
     nothing: Any = None  # the graphs go beside it
+    parts = dict[str, torch.Tensor | nn.Module]()
+    tensors = (*idle.named_parameters(remove_duplicate=False), *idle.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        layer = layer_around(name, conversion.layers)
+        parts[layer or name] = idle.get_submodule(layer) if layer else tensor
+    for layer in conversion.layers:  # also what has no tensors
+        parts.setdefault(layer, idle.get_submodule(layer))
     return SavedModule(
         replace(conversion, evaluation=nothing, training=nothing),
         evaluation,
         training,
-        {**dict(idle.named_parameters(remove_duplicate=False)), **dict(idle.named_buffers(remove_duplicate=False))},
+        parts,
         frozenset(idle.state_dict(keep_vars=True)),
         {name: module.training for name, module in idle.named_modules()},
         own_attributes(idle),

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from idlefx.analysis.image_input import image_input, takes_bytes
 from idlefx.errors import InputError
+from idlefx.graph.notes import layer_of
 from idlefx.graph.queries import by_name, image_data, output_of, placeholders, remove_dead, tensor_argument, value
 from idlefx.graph.sizes import shape_of
 from idlefx.runtime.module import IdleModule, conversion_of, converted
@@ -82,13 +83,18 @@ def _class_features(graph: fx.Graph, logits: fx.Node) -> list[Any]:
     stack: list[fx.Node] = [logits]
     while stack:
         node = stack.pop()
-        if node.target is aten.linear.default and len(shape_of(node.args[0])) == 2:
+        if _is_linear(node) and len(shape_of(node.args[0])) == 2:
             found.add(tensor_argument(node, 0))
         elif node.target in _VIEWS or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             stack += [i for i in node.all_input_nodes if i in data]
         else:
             return []
     return [node for node in graph.nodes if node in found]
+
+
+def _is_linear(node: fx.Node) -> bool:
+    layer = layer_of(node)
+    return node.target is aten.linear.default or (layer is not None and layer.kind == "Linear")
 
 
 def token_parameters(idle: IdleModule) -> set[str]:
