@@ -171,6 +171,19 @@ def test_what_would_not_run_is_refused_at_the_call(model, idle, change):
     REFUSED[change](idle)
     with pytest.raises(idlefx.InputError, match=WORDS[change]):
         idle(images(model, 2))
+    if "was replaced" in WORDS[change]:
+        for use in (idlefx.with_cut_loss, idlefx.compile, idlefx.report):
+            with pytest.raises(idlefx.InputError, match=WORDS[change]):
+                use(idle)
+
+
+def test_layers_that_share_a_weight_are_only_read():
+    model = build("vit")
+    model.blocks[2].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    idle, x = idlefx.convert(model, layers=[1], keep=1.0), images(model, 2)
+    kinds = [type(block.mlp.fc1) for block in idle.blocks]
+    assert kinds == [nn.Module, nn.Linear, nn.Module, nn.Linear]
+    assert torch.equal(idle(x), model(x))
 
 
 def test_a_spectral_norm_where_tokens_are_scored_is_for_inference(model, idle):

@@ -9,7 +9,7 @@
 `swaps` has what looks at them in each call.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from idlefx.graph.notes import LAYER, Layer
 from idlefx.graph.queries import argument, module_path, value
-from idlefx.graph.state import owner_of
+from idlefx.graph.state import owner_of, place
 from idlefx.runtime.swaps import KINDS, read_weight
 
 aten = torch.ops.aten
@@ -41,7 +41,13 @@ def find_layers(module: nn.Module, sources: Iterable[fx.Graph]) -> dict[str, Lay
             layer, *differing = {_layer_of_call(node) for node in nodes}
             if differing or layer is None or layer.path != path or layers.setdefault(path, layer) != layer:
                 others.add(path)
-    return {path: layer for path, layer in layers.items() if path not in others and _is_all_of(module, layer)}
+    names = Counter(id(tensor) for _, tensor in module.named_parameters(remove_duplicate=False))
+    return {
+        path: layer
+        for path, layer in layers.items()
+        if path not in others and _is_all_of(part := module.get_submodule(path), layer)
+        if all(names[id(tensor)] == 1 for tensor in part.parameters())  # shared ones are only read
+    }
 
 
 def _layer_of_call(node: fx.Node) -> Layer | None:
@@ -77,12 +83,10 @@ def _pair(setting: Any) -> tuple[int, ...]:
     return (setting, setting) if isinstance(setting, int) else tuple(setting) * (2 // len(setting))
 
 
-def _is_all_of(module: nn.Module, layer: Layer) -> bool:
-    """Whether what stands at the layer's path holds what the layer does and nothing else."""
-    part = module.get_submodule(layer.path)
-    return not (part._modules or part._buffers) and set(part._parameters) == {"weight", "bias"}.difference(
-        () if layer.bias else ("bias",)
-    )
+def _is_all_of(part: nn.Module, layer: Layer) -> bool:
+    """Whether a module holds what the layer does and nothing else."""
+    tensors = {"weight", "bias"} if layer.bias else {"weight"}
+    return not (part._modules or part._buffers) and set(part._parameters) == tensors
 
 
 def put_layers(layers: Mapping[str, Layer], *modules: nn.Module) -> None:
@@ -109,7 +113,7 @@ def call_layers(graph: fx.Graph, layers: Mapping[str, Layer]) -> None:
     """Let a graph call the layers, and read their weights from them."""
     for node in graph.nodes:
         layer = _layer_of_call(node) if node.op == "call_function" else None
-        if layer is not None and layers.get(layer.path) == layer:
+        if layer is not None and layers.get(layer.path) == layer and module_path(node) == layer.path:
             inputs = node.args[0]
             node.op, node.target, node.args, node.kwargs = "call_module", layer.path, (inputs,), {}
             node.meta[LAYER] = layer
@@ -126,3 +130,16 @@ def call_layers(graph: fx.Graph, layers: Mapping[str, Layer]) -> None:
                 read.meta = dict(node.meta)
                 node.replace_all_uses_with(read)
             graph.erase_node(node)
+
+
+def add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph, layers: Mapping[str, Layer]) -> None:
+    """Give `module` the constants of `root` that only this graph reads, under names that are free."""
+    for node in graph.find_nodes(op="get_attr"):
+        if layer_around(str(node.target), layers):
+            continue
+        path, _, leaf = str(node.target).rpartition(".")
+        tensor = getattr(root.get_submodule(path), leaf)
+        owner, _ = owner_of(module, str(node.target))
+        if getattr(owner, leaf, tensor) is not tensor:
+            node.target += "_in_training"
+        place(module, str(node.target), tensor)

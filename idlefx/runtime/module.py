@@ -2,7 +2,6 @@
 
 import inspect
 import warnings
-from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,17 +11,17 @@ from torch.fx.graph import PythonCode
 from torch.utils._pytree import tree_leaves
 
 from idlefx.errors import InputError
-from idlefx.graph.notes import KEY, Layer
-from idlefx.graph.state import adopt, computed, keep_order, list_numbered, owner_of, place
+from idlefx.graph.notes import KEY
+from idlefx.graph.state import adopt, computed, keep_order, list_numbered, place
 from idlefx.records import Plan
 from idlefx.runtime import ops
 from idlefx.runtime.call_checks import checked
 from idlefx.runtime.conversion import Conversion
 from idlefx.runtime.labels import with_loss
-from idlefx.runtime.layers import layer_around
+from idlefx.runtime.layers import add_constants
 from idlefx.runtime.parts import Owner, make_parts
 from idlefx.runtime.saving import SavedModule, own_attributes, saved
-from idlefx.runtime.swaps import containers_of, guarded
+from idlefx.runtime.swaps import check_containers, containers_of, guarded
 
 
 class IdleModule(Owner, fx.GraphModule):
@@ -67,7 +66,7 @@ class IdleModule(Owner, fx.GraphModule):
             place(self, path, eval_root.get_submodule(path))
         for form, root in roots:
             for graph in (form.graph, form.source):
-                _add_constants(self, root, graph, conversion.layers)
+                add_constants(self, root, graph, conversion.layers)
         adopt(self, eval_root)
         keep_order(self, eval_root)
         list_numbered(self)
@@ -181,7 +180,7 @@ def conversion_of(model: object) -> Conversion:
     Raises:
         InputError: It was not converted.
     """
-    conversion: Conversion = converted(model).meta[KEY]
+    conversion: Conversion = _unwrapped(model).meta[KEY]
     return conversion
 
 
@@ -189,8 +188,14 @@ def converted(model: object) -> IdleModule:
     """The converted model itself, also where `torch.compile` has wrapped it.
 
     Raises:
-        InputError: It was not converted.
+        InputError: It was not converted, or a container in it was replaced since.
     """
+    idle = _unwrapped(model)
+    check_containers(idle, containers_of(idle.graph))
+    return idle
+
+
+def _unwrapped(model: object) -> IdleModule:
     inner = model
     while isinstance(inner, nn.Module) and (wrapped := inner._modules.get("_orig_mod")) is not None:
         inner = wrapped
@@ -209,14 +214,3 @@ def _load(file: SavedModule) -> IdleModule:
     return idle
 
 
-def _add_constants(module: nn.Module, root: nn.Module, graph: fx.Graph, layers: Mapping[str, Layer]) -> None:
-    """Give `module` the constants and regions of `root` that only this graph reads, under names that are free."""
-    for node in graph.find_nodes(op="get_attr"):
-        if layer_around(str(node.target), layers):
-            continue
-        path, _, leaf = str(node.target).rpartition(".")
-        tensor = getattr(root.get_submodule(path), leaf)
-        owner, _ = owner_of(module, str(node.target))
-        if getattr(owner, leaf, tensor) is not tensor:
-            node.target += "_in_training"
-        place(module, str(node.target), tensor)

@@ -92,13 +92,23 @@ def guarded(forward: Callable[..., Any], containers: Tree) -> Callable[..., Any]
 
     @wraps(forward)
     def guarded_forward(self: nn.Module, *args: Any) -> Any:
-        _check_containers(self, containers, "")
+        check_containers(self, containers)
         return forward(self, *args)
 
     return guarded_forward
 
 
-def _check_containers(module: nn.Module, containers: Tree, where: str) -> None:
+def check_containers(module: nn.Module, containers: Tree, where: str = "") -> None:
+    """Refuse a model in which a container was replaced, and do in containers what pruning does before each call.
+
+    Args:
+        module: The model, or a container in it.
+        containers: Those inside it.
+        where: Its dotted name, with a dot behind.
+
+    Raises:
+        InputError: One was replaced.
+    """
     for name, inside in containers.items():
         part = module._modules.get(name)
         if part is None or type(part).forward is not nn.Module.forward:
@@ -110,4 +120,4 @@ def _check_containers(module: nn.Module, containers: Tree, where: str) -> None:
         if part._forward_pre_hooks:
             _recompute(part)
         if inside:
-            _check_containers(part, inside, f"{where}{name}.")
+            check_containers(part, inside, f"{where}{name}.")
