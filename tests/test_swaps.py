@@ -207,9 +207,20 @@ def test_quantised_weights_are_read_as_what_they_stand_for():
     assert torch.equal(read_weight(layer, "bias", Layer("head", "Linear", (3, 2), True)), layer.bias)
 
 
+def hold_twice(layer):
+    """Another stand-in, which holds its values in two tensors."""
+    layer.weight = nn.Parameter(TwoTensor(layer.weight.data, layer.weight.data.clone()))
+
+
+def test_weights_that_no_file_holds_are_not_emitted(idle, tmp_path):
+    hold_twice(idle.head)
+    with pytest.raises(idlefx.InputError, match=r"emit: weights .* are torch.*TwoTensor, .* before it is quantised"):
+        idlefx.emit(idle, tmp_path / "emitted")
+
+
 def test_what_the_backend_cannot_look_into_is_refused(model):
     twice = copy.deepcopy(model)
-    twice.head.weight = nn.Parameter(TwoTensor(twice.head.weight.data, twice.head.weight.data.clone()))
+    hold_twice(twice.head)
     assert wrapper_kind(model.parameters()) == ""
     torch._dynamo.reset()
     compiled = torch.compile(twice, backend="idlefx", options=PLAN)

@@ -24,6 +24,7 @@ from idlefx.capture.models import load_model
 from idlefx.deploy.artifacts import package
 from idlefx.deploy.parity import check_parity, example_of
 from idlefx.errors import InputError, ParityError, first_line
+from idlefx.graph.state import wrapper_kind
 from idlefx.options import AUTO
 from idlefx.pipeline import convert
 from idlefx.planning.selectors import find_selector
@@ -75,6 +76,11 @@ def emit(
         raise InputError(
             "emit: the model takes uint8 images and normalises them itself, but the script tunes on images that are "
             "normalised already; use package, or convert the part of the model that takes such images"
+        )
+    if kind := wrapper_kind(idle.parameters()):
+        raise InputError(
+            f"emit: weights of the model are {kind}, which no file of weights holds; emit the model before it is "
+            "quantised, or package it alone"
         )
     with _whole_directory(Path(directory)) as partial:
         name = model or conversion.origin
