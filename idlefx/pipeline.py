@@ -227,7 +227,7 @@ def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) ->
 
 def _with_cut_loss(idle: IdleModule, form: Form) -> Form:
     rewritten = _run(REST_WITH_LOSS, spell(idle, form.source), form.plan)
-    call_layers(rewritten.graph, conversion_of(idle).layers)
+    call_layers(rewritten.graph, conversion_of(idle).called)
     return replace(form, graph=rewritten.graph)
 
 

@@ -43,7 +43,7 @@ class Conversion:
         inputs_guessed: Whether the example inputs were guessed, and not given.
         calls: How it is called, and what of that the trace has built in.
         answers: What the model says of itself to optimisers, loaders and people.
-        layers: The modules that the graphs call, by path.
+        called: The layers that the graphs call as modules, by path.
         custom_gradient: What in the model has gradients of its own, which the graphs do not have: it is for inference
             only. Empty if nothing has.
         weights: One number of every parameter, as it was.
@@ -59,7 +59,7 @@ class Conversion:
     inputs_guessed: bool
     calls: CallChecks
     answers: Answers
-    layers: Mapping[str, Layer]
+    called: Mapping[str, Layer]
     custom_gradient: str = ""
     weights: tuple[float, ...] = ()
     loss: Loss | None = None

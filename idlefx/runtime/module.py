@@ -62,11 +62,11 @@ class IdleModule(Owner, fx.GraphModule):
         roots = [(conversion.evaluation, eval_root)]
         if conversion.training is not conversion.evaluation:
             roots.append((conversion.training, train_root))
-        for path in conversion.layers:
+        for path in conversion.called:
             place(self, path, eval_root.get_submodule(path))
         for form, root in roots:
             for graph in (form.graph, form.source):
-                add_constants(self, root, graph, conversion.layers)
+                add_constants(self, root, graph, conversion.called)
         adopt(self, eval_root)
         keep_order(self, eval_root)
         list_numbered(self)
@@ -139,7 +139,7 @@ class IdleModule(Owner, fx.GraphModule):
         memo.update(computed(self))
         copied: IdleModule = super().__deepcopy__(memo)  # type: ignore[assignment]
         tensors = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
-        for path in conversion_of(self).layers:  # also those that the graph of the present mode does not call
+        for path in conversion_of(self).called:  # also those that the graph of the present mode does not call
             place(copied, path, deepcopy(self.get_submodule(path), memo))
         for name, tensor in tensors:
             place(copied, name, deepcopy(tensor, memo))

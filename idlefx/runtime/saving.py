@@ -86,9 +86,9 @@ def saved(idle: fx.GraphModule, conversion: Conversion) -> SavedModule:
     parts = dict[str, torch.Tensor | nn.Module]()
     tensors = (*idle.named_parameters(remove_duplicate=False), *idle.named_buffers(remove_duplicate=False))
     for name, tensor in tensors:
-        layer = layer_around(name, conversion.layers)
+        layer = layer_around(name, conversion.called)
         parts[layer or name] = idle.get_submodule(layer) if layer else tensor
-    for layer in conversion.layers:  # also what has no tensors
+    for layer in conversion.called:  # also what has no tensors
         parts.setdefault(layer, idle.get_submodule(layer))
     return SavedModule(
         replace(conversion, evaluation=nothing, training=nothing),
