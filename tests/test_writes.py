@@ -6,7 +6,7 @@ from torch import nn
 
 import idlefx
 from idlefx.pipeline import inspect
-from idlefx.runtime.module import selections
+from idlefx.runtime.selections import selections
 from tests.models.small import build, images
 from tests.support.messages import refusal, says
 

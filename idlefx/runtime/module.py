@@ -212,5 +212,3 @@ def _load(file: SavedModule) -> IdleModule:
         module.training = file.modes.get(name, idle.training)
     vars(idle).update(file.attributes)
     return idle
-
-

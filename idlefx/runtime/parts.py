@@ -1,8 +1,8 @@
-"""The modules inside a converted model: they hold parameters under the names of the original, and do no more.
+"""The containers inside a converted model: they hold parameters and layers under the names of the original, no more.
 
-The model is one graph, which reads its parameters by their names and calls none of these modules. What would pass in
-silence therefore speaks: a hook on one of them warns, a call refuses, and so does whatever takes the place of one
-without what the graph reads there.
+The model is one graph, which calls layers (`layers`) and reads other parameters by their names, and calls none of these
+modules. What would pass in silence therefore speaks: a hook on one of them warns, a call refuses, and so does whatever
+takes the place of one without what the graph reads there.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import fx, nn
 
 from idlefx.errors import InputError
+from idlefx.runtime.swaps import RECOMPUTES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,7 +24,8 @@ class Owner(nn.Module):
     """A module whose parts a graph reads by name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if read := self.__dict__.get(_READ, {}).get(name):
+        read = self.__dict__.get(_READ, {}).get(name)
+        if read is not None:
             _check_replacement(".".join(filter(None, (path_of(self), name))), read, value)
         super().__setattr__(name, value)
 
@@ -32,14 +34,16 @@ def _warns(register: F) -> F:
     """A method that registers a hook, and says that it will never run."""
 
     @functools.wraps(register)
-    def registered(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def registered(self: Any, hook: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(hook, RECOMPUTES):
+            return register(self, hook, *args, **kwargs)
         warnings.warn(
             f"a hook on `{path_of(self)}` of a converted model will never run: the model is one graph, which calls no "
-            'inner modules; torch.compile(model, backend="idlefx") keeps modules and hooks, or convert a model that '
-            "returns what the hook is to see",
+            'modules but linear, norm and convolution layers; torch.compile(model, backend="idlefx") keeps modules and '
+            "hooks, or convert a model that returns what the hook is to see",
             stacklevel=2,
         )
-        return register(self, *args, **kwargs)
+        return register(self, hook, *args, **kwargs)
 
     return registered  # type: ignore[return-value]
 
@@ -90,6 +94,8 @@ def make_parts(module: Owner, graphs: Iterable[fx.Graph]) -> None:
             owner.__dict__[_READ].setdefault(first, []).append(rest)
             owner = owner.get_submodule(first)
             first, _, rest = rest.partition(".")
+        if isinstance(owner, Owner) and isinstance(getattr(owner, first, None), nn.Module):
+            owner.__dict__[_READ].setdefault(first, [])  # a layer
 
 
 def path_of(part: nn.Module) -> str:
@@ -100,6 +106,8 @@ def path_of(part: nn.Module) -> str:
 def _check_replacement(path: str, read: Sequence[str], after: Any) -> None:
     """Refuse to put something in the place of a part that has not what the graph reads there, or does more with it.
 
+    Where a layer stands nothing is read, and any module may come, as the graph calls it.
+
     Raises:
         InputError: It lacks a parameter or a buffer, or has a forward of its own, which would not be called.
     """
@@ -109,7 +117,10 @@ def _check_replacement(path: str, read: Sequence[str], after: Any) -> None:
             functools.reduce(getattr, name.split("."), after)
         except AttributeError:
             reason = reason or f"in which the graph does not find `{path}.{name}`"
-    if isinstance(after, nn.Module) and not isinstance(after, Owner) and type(after).__module__[:9] != "torch.nn.":
+    if not read and not isinstance(after, nn.Module):
+        reason = "which the graph cannot call"
+    own = isinstance(after, nn.Module) and not isinstance(after, Owner) and type(after).__module__[:9] != "torch.nn."
+    if read and own:
         reason = reason or "whose forward would not be called, as the graph reads parameters alone"
     if reason:
         raise InputError(

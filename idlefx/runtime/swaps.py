@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from idlefx.errors import InputError
 from idlefx.graph.notes import Layer
 
-_RECOMPUTES = (BasePruningMethod, WeightNorm)  # hooks that make `weight` anew of what is trained, before each call
+RECOMPUTES = (BasePruningMethod, WeightNorm)  # hooks that make `weight` anew of what is trained, before each call
 _SPECTRAL: Any = getattr(parametrizations, "_SpectralNorm", ())
 KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "Linear": (nn.Linear, ("in_features", "out_features")),
@@ -49,7 +49,7 @@ def read_weight(part: nn.Module, name: str, layer: Layer) -> Tensor:
     now = tuple([getattr(part, each) for each in names])
     if now != layer.settings or (part.bias is not None) != layer.bias:
         raise _refusal(layer.path, "has other sizes or settings now")
-    if part._forward_hooks or any(not isinstance(hook, _RECOMPUTES) for hook in part._forward_pre_hooks.values()):
+    if part._forward_hooks or any(not isinstance(hook, RECOMPUTES) for hook in part._forward_pre_hooks.values()):
         raise _refusal(layer.path, "has a forward hook now")
     if part.training and is_parametrized(part) and _takes_a_step(part):
         raise _refusal(layer.path, "has a spectral norm now, which changes with every look at it in train mode")
@@ -72,7 +72,7 @@ def _refusal(path: str, what: str) -> InputError:
 def _recompute(part: nn.Module) -> None:
     """Do what pruning and weight norm do before each call of a module."""
     for hook in part._forward_pre_hooks.values():
-        if isinstance(hook, _RECOMPUTES):
+        if isinstance(hook, RECOMPUTES):
             hook(part, ())
 
 

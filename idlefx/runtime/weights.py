@@ -7,6 +7,7 @@ from torch import nn
 def sample(module: nn.Module) -> tuple[float, ...]:
     """One number of every parameter: training changes some of them, moving to a device none."""
     parameters = [p.detach() for _, p in sorted(module.named_parameters()) if p.numel() and p.is_floating_point()]
+    parameters = [p for p in parameters if type(p) is torch.Tensor]  # those of other kinds are quantised
     middle = [p.reshape(-1)[p.numel() // 2].float() for p in parameters]
     return tuple(torch.stack([number.cpu() for number in middle]).tolist()) if middle else ()
 
