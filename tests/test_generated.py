@@ -1,6 +1,6 @@
 """Any combination of spellings converts to what its eager reference computes, or is refused for a true reason.
 
-100 examples, always the same, are slow tests, and the hardest combinations run always; 1,000 new ones with `-m ""
+300 examples, always the same, are slow tests, and the hardest combinations run always; 3,000 new ones with `-m ""
 --hypothesis-profile=thorough`.
 """
 
@@ -17,7 +17,7 @@ from tests.models.generated.config import CHOICES, MOSTLY_THE_SIMPLEST, Config
 from tests.oracles import generated_reference
 from tests.support.generated_check import check, error_of
 
-PARTS = 4  # of the examples, so that they can run side by side
+PARTS = 12  # of the examples, so that they can run side by side
 
 
 def configs() -> st.SearchStrategy[Config]:
@@ -38,19 +38,25 @@ def plans(draw: Any, config: Config) -> dict[int, float]:
 
 
 HARD = [  # combinations in which it is hard to see where a block begins and ends, or who reads what
-    (Config(around="neck", head="dense"), {2: 0.3}),
-    (Config(around="neck", block="mlp_first"), {1: 0.4}),
-    (Config(block="mlp_first", outputs="features"), {1: 0.5}),
-    (Config(block="post", norm="affine"), {0: 0.5, 1: 0.4}),
-    (Config(block="attention_only", positions="inside", outputs="skips"), {0: 0.5, 1: 0.5}),
-    (Config(block="parallel", positions="inside"), {0: 0.5, 1: 0.5}),
-    (Config(block="nested", projection="raw", grid=(2, 6)), {0: 0.48, 1: 0.8}),
-    (Config(core="multihead", positions="queries"), {2: 0.23}),
-    (Config(groups="native", projection="separate"), {0: 0.5, 2: 0.5}),
+    (Config(around="neck", head="dense", region="autocast"), {2: 0.3}),
+    (Config(around="neck", block="mlp_first", gradient="module_hook"), {1: 0.4}),
+    (Config(block="mlp_first", outputs="features", buffer="in_place"), {1: 0.5}),
+    (Config(block="post", norm="affine", region="no_grad_in_blocks"), {0: 0.5, 1: 0.4}),
+    (Config(block="attention_only", positions="inside", outputs="skips", buffer="reassigned"), {0: 0.5, 1: 0.5}),
+    (Config(core="multihead", positions="queries", gradient="hooked"), {2: 0.23}),
 ]
 
 
-@pytest.mark.parametrize(("config", "keep"), HARD, ids=lambda value: None)
+HARD_TOO = [  # whose kind is among those above
+    (Config(block="parallel", positions="inside", gradient="reversed_in_blocks"), {0: 0.5, 1: 0.5}),
+    (Config(block="nested", projection="raw", grid=(2, 6), flag="number"), {0: 0.48, 1: 0.8}),
+    (Config(groups="native", projection="separate", wrapper="parallel", modes="train"), {0: 0.5, 2: 0.5}),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "keep"), [*HARD, *(pytest.param(*each, marks=pytest.mark.slow) for each in HARD_TOO)], ids=lambda _: None
+)
 def test_hard_combination(config: Config, keep: dict[int, float]) -> None:
     assert config.normalised() == config
     assert check(config, keep)

@@ -214,6 +214,8 @@ class Config:
             c = c.reset(outputs=("features",))
         if c.buffer == "reassigned":  # keeps the batch free in one way of tracing only, which `len(x)` does not stand
             c = c.reset(batch=("len",))
+        if c.gradient == "reversed_in_blocks":  # torch writes into no view that a function of one's own has made
+            c = c.reset(residual=("in_place",))
         if c.modes == "frozen_statistics":
             c = replace(c, statistics=True)
         return c
