@@ -46,8 +46,8 @@ HARD = [  # combinations in which it is hard to see where a block begins and end
     (Config(core="multihead", positions="queries", gradient="hooked"), {2: 0.23}),
 ]
 
-
 HARD_TOO = [  # whose kind is among those above
+    (Config(around="neck", block="mlp_first", outputs="features", buffer="copied"), {2: 0.25}),
     (Config(block="parallel", positions="inside", gradient="reversed_in_blocks"), {0: 0.5, 1: 0.5}),
     (Config(block="nested", projection="raw", grid=(2, 6), flag="number"), {0: 0.48, 1: 0.8}),
     (Config(groups="native", projection="separate", wrapper="parallel", modes="train"), {0: 0.5, 2: 0.5}),

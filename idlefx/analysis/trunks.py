@@ -59,8 +59,11 @@ class Segment:
         return [[node.target for node in branch.tail] for branch in self.branches if branch.tail is not None]
 
     def first(self, count: int) -> "Segment":
-        """The segment with its first branches only."""
-        return replace(self, branches=self.branches[:count])
+        """The segment with its first branches only; what stands between them and the others is no tail of theirs."""
+        if count >= len(self.branches):
+            return self
+        *own, last = self.branches[:count]
+        return replace(self, branches=(*own, replace(last, tail=None)))
 
 
 def find_trunks(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> list[Trunk]:
