@@ -33,7 +33,7 @@ KEEPS = {  # by image size: of three and of six stages, of about equal cost
 }
 BATCH = {224: 20, 518: 4}
 TAUGHT = 450  # scenes of other things on other photographs that teach the classifier of kinds
-RIDGE = 1e-2
+RIDGE = 1e-3
 SECONDS = 20  # of timing, for all methods of a row together
 DENSE, METHODS = "dense", ("rest", "pruned", "ToMe", "follow, 3 stages", "follow, 6 stages")
 
