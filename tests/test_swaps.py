@@ -202,8 +202,8 @@ class Counted(torch.Tensor):
 def test_quantised_weights_are_read_as_what_they_stand_for():
     layer = nn.Linear(3, 2)
     layer.weight = nn.Parameter(torch.ones(2, 3).as_subclass(Counted))
-    assert torch.equal(read_weight(layer, "weight", Layer("head", "Linear", (3, 2), True)), torch.full((2, 3), 0.25))
-    assert torch.equal(read_weight(layer, "bias", Layer("head", "Linear", (3, 2), True)), layer.bias)
+    assert torch.equal(read_weight(layer, "weight", *Layer("head", "Linear", (3, 2), True)), torch.full((2, 3), 0.25))
+    assert torch.equal(read_weight(layer, "bias", *Layer("head", "Linear", (3, 2), True)), layer.bias)
 
 
 def hold_twice(layer):

@@ -164,12 +164,12 @@ def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
     """
     failures: list[Exception] = []
     for strict, batch_free in ((False, True), (True, True), (False, False)):
-        if strict and reassigns_buffers(model, inputs):
-            continue
         # A failed attempt leaves the tensors it was given marked as dynamic: each gets its own.
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
         shapes = _free_batch(model, inputs) if batch_free else None
         try:
+            if strict and reassigns_buffers(model, inputs):
+                continue
             with quiet(), every_line_of_the_model():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
                 return tidy(program.module(check_guards=False), model), batch_free

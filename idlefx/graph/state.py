@@ -60,7 +60,8 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, content in before:
-                buffer.copy_(content)
+                if not buffer.equal(content):  # what is not written stays good for a backward pass that is to come
+                    buffer.copy_(content)
 
 
 def keeps_more(module: nn.Module) -> list[str]:

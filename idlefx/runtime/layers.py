@@ -126,7 +126,7 @@ def call_layers(graph: fx.Graph, layers: Mapping[str, Layer]) -> None:
                     if path not in parts:
                         parts[path] = graph.create_node("get_attr", path)
                 with graph.inserting_before(min(node.users)):
-                    read = graph.call_function(read_weight, (parts[path], leaf, layers[path]))
+                    read = graph.call_function(read_weight, (parts[path], leaf, *layers[path]))
                 read.meta = dict(node.meta)
                 node.replace_all_uses_with(read)
             graph.erase_node(node)

@@ -17,7 +17,6 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from idlefx.errors import InputError
-from idlefx.graph.notes import Layer
 
 RECOMPUTES = (BasePruningMethod, WeightNorm)  # hooks that make `weight` anew of what is trained, before each call
 _SPECTRAL: Any = getattr(parametrizations, "_SpectralNorm", ())
@@ -32,27 +31,30 @@ KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
 Tree = Mapping[str, "Tree"]
 
 
-def read_weight(part: nn.Module, name: str, layer: Layer) -> Tensor:
+def read_weight(part: nn.Module, name: str, path: str, kind: str, settings: tuple[Any, ...], bias: bool) -> Tensor:
     """A parameter of a layer as the layer would use it now: pruned, parametrised, or dequantised.
 
     Args:
         part: What stands where the layer stood.
         name: "weight" or "bias".
-        layer: What it was when the model was converted.
+        path: Where it stands.
+        kind: What it was when the model was converted, as `Layer` says it.
+        settings: Its sizes and what else it was made with.
+        bias: Whether it had a bias.
 
     Raises:
         InputError: It is another layer now, or hooks change what it does.
     """
-    kind, names = KINDS[layer.kind]
-    if not isinstance(part, kind) or type(part).forward is not kind.forward or "forward" in part.__dict__:
-        raise _refusal(layer.path, f"is a {type(part).__module__}.{type(part).__qualname__} now")
+    of_torch, names = KINDS[kind]
+    if not isinstance(part, of_torch) or type(part).forward is not of_torch.forward or "forward" in part.__dict__:
+        raise _refusal(path, f"is a {type(part).__module__}.{type(part).__qualname__} now")
     now = tuple([getattr(part, each) for each in names])
-    if now != layer.settings or (part.bias is not None) != layer.bias:
-        raise _refusal(layer.path, "has other sizes or settings now")
+    if now != settings or (part.bias is not None) != bias:
+        raise _refusal(path, "has other sizes or settings now")
     if part._forward_hooks or any(not isinstance(hook, RECOMPUTES) for hook in part._forward_pre_hooks.values()):
-        raise _refusal(layer.path, "has a forward hook now")
+        raise _refusal(path, "has a forward hook now")
     if part.training and is_parametrized(part) and _takes_a_step(part):
-        raise _refusal(layer.path, "has a spectral norm now, which changes with every look at it in train mode")
+        raise _refusal(path, "has a spectral norm now, which changes with every look at it in train mode")
     _recompute(part)
     tensor: Tensor = getattr(part, name)
     return tensor if type(tensor).dequantize is Tensor.dequantize else tensor.dequantize()
