@@ -150,7 +150,7 @@ NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, na
     ("pvt_v2", "pvt_v2_b0", {}, 8, "grid of patches"),
     ("mvitv2", "mvitv2_tiny", {"img_size": 64}, 10, "grid of patches"),
     ("xcit", "xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, None, "over the token axis"),
-    ("hiera", "hiera_tiny_224", {"img_size": 64}, 9, "windows"),
+    ("hiera", "hiera_tiny_224", {"img_size": 64}, 12, "windows"),
     ("convit", "convit_tiny", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}, 3, "over the token axis"),
     ("levit", "levit_128s", {"img_size": 128}, 9, ""),
     ("mlp_mixer", "mixer_s32_224", {"img_size": 64}, 0, "no attention"),

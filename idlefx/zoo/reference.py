@@ -230,10 +230,9 @@ def _tokens(prefix: tuple[int, ...], reads: list[set[int]]) -> Tokens:
 
 
 def _stream(values: Any, shape: torch.Size | None = None) -> Tensor:
-    """The residual stream among the inputs or outputs of a block."""
-    return next(
-        t for t in tree_leaves(values) if isinstance(t, Tensor) and (t.shape == shape if shape else t.ndim == 3)
-    )
+    """The residual stream among the inputs or outputs of a block: of that shape, unless the block pools its tokens."""
+    tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    return next(t for t in (*(t for t in tensors if t.shape == shape), *(t for t in tensors if t.ndim == 3)))
 
 
 def kept_tokens(keep: float, tokens: int) -> int:
