@@ -1,4 +1,7 @@
-"""The story: capture a model, find its blocks, make a plan, run the passes."""
+"""The story: capture a model, find its blocks, make a plan, run the passes.
+
+It is longer than other files, as it is one story and its public functions are mostly documentation.
+"""
 
 import warnings
 from collections.abc import Callable, Sequence
