@@ -38,12 +38,12 @@ class TokenMap:
 
     Attributes:
         pixels: (height, width, 3), between 0 and 1.
-        workers: For each idling block, its grid of patches (rows, columns), each with the number of the one that works
-            for it: its own where it works, -1 where it rests.
+        workers: For each idling block, or stage of blocks, its grid of patches (rows, columns), each with the number of
+            the one that works for it: its own where it works, -1 where it rests.
     """
 
     pixels: Pixels
-    workers: dict[int, Grid]
+    workers: dict[str, Grid]
 
 
 def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str | Path) -> Path:
@@ -81,16 +81,17 @@ def draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor, path: str |
     return target
 
 
-def _workers(idle: IdleModule, batch: Tensor) -> dict[int, Grid]:
+def _workers(idle: IdleModule, batch: Tensor) -> dict[str, Grid]:
     weight = next((p for p in idle.parameters() if p.is_floating_point()), batch)
     images = batch.to(weight.device, weight.dtype if batch.is_floating_point() else batch.dtype)
-    workers: dict[int, Grid] = {}
-    for index, leaders in sorted(groups(idle, images).items()):
-        block = conversion_of(idle).blocks[index]
+    leaders, workers = groups(idle, images), dict[str, Grid]()
+    for first, *others in conversion_of(idle).plan.stages:  # the blocks of a stage have the same workers
+        block = conversion_of(idle).blocks[first.block]
         patch = torch.full((block.tokens + 1,), -1)  # the last one for those that rest
         patch[torch.tensor(block.image_positions)] = torch.arange(block.image_tokens)
-        numbers = patch[leaders[0].cpu()][torch.tensor(block.image_positions)]
-        workers[index] = numbers.reshape(_grid(block.image_tokens, *batch.shape[-2:])).numpy()
+        numbers = patch[leaders[first.block][0].cpu()][torch.tensor(block.image_positions)]
+        name = f"blocks {first.block}–{others[-1].block}" if others else f"block {first.block}"
+        workers[name] = numbers.reshape(_grid(block.image_tokens, *batch.shape[-2:])).numpy()
     return workers
 
 
@@ -136,12 +137,12 @@ def _figure(rows: Sequence[TokenMap]) -> Figure:
         first = panel(MARGIN, y, scale, row.pixels)
         if number == 0:
             _caption(first, "image", f"{next(iter(row.workers.values())).size} patches")
-        for place, (block, workers) in enumerate(row.workers.items()):
+        for place, (name, workers) in enumerate(row.workers.items()):
             line, column = divmod(place, columns)
             axes = panel(left + column * step_x, y + line * step_y, 1, _faded(row.pixels, workers))
             _edges(axes, workers, row.pixels.shape)
             if number == 0 or lines > 1:
-                _caption(axes, f"block {block}", f"{_working(workers)} of {workers.size}")
+                _caption(axes, name, f"{_working(workers)} of {workers.size}")
     return figure
 
 
