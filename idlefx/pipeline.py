@@ -205,7 +205,7 @@ def _carry_out(options: PlanOptions, captured: fx.GraphModule) -> Form:
                 "converted model"
             ) from refusal
         raise
-    return Form(deepcopy(captured.graph), plan, rewrite(spelled, plan, captured).graph)
+    return _form(captured, plan, rewrite(spelled, plan, captured))
 
 
 def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) -> Form:
@@ -225,7 +225,13 @@ def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) ->
         )
         return evaluation
     plan = replace(plan, blocks=blocks)
-    return Form(deepcopy(captured.train_graph.graph), plan, rewrite(spelled, plan, captured.train_graph).graph)
+    return _form(captured.train_graph, plan, rewrite(spelled, plan, captured.train_graph))
+
+
+def _form(captured: fx.GraphModule, plan: Plan, rewritten: fx.GraphModule) -> Form:
+    """What was captured stays as it is: layers are called in a copy."""
+    source = deepcopy(captured.graph)
+    return Form(source, plan, deepcopy(captured.graph) if rewritten is captured else rewritten.graph)
 
 
 def _with_cut_loss(idle: IdleModule, form: Form) -> Form:
