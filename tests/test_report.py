@@ -1,8 +1,12 @@
 """Multiply-adds: counted as one each, attention included, before and after."""
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import idlefx
+from idlefx.analysis.macs import count_macs
 from tests.models.small import DEPTH, build, image_tokens, images
 from tests.support.cases import Case, convert, converted, deit_s
 
@@ -79,3 +83,13 @@ def test_reporting_does_not_change_the_model():
     code, keys = idle.code, list(idle.state_dict())
     idlefx.report(idle)
     assert idle.code == code and list(idle.state_dict()) == keys
+
+
+def test_transposed_convolutions_are_counted():
+    layers = [nn.ConvTranspose2d(6, 4, 4, stride=2, groups=2), nn.ConvTranspose1d(4, 2, 3), nn.ConvTranspose3d(2, 2, 2)]
+    images = [torch.randn(1, 6, 5, 7), torch.randn(1, 4, 5), torch.randn(1, 2, 3, 3, 3)]
+    for layer, image in zip(layers, images, strict=True):
+        graph = torch.export.export(layer, (image,)).module().graph
+        with FlopCounterMode(display=False) as counter:
+            layer(image)
+        assert count_macs(graph.nodes) == counter.get_total_flops() / 2 > 0

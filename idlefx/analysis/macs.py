@@ -42,6 +42,11 @@ def _convolution(node: fx.Node) -> int:
     return _size(node) * math.prod(_shape(node.args[1])[1:])
 
 
+def _transposed_convolution(node: fx.Node) -> int:
+    image, weight = (_shape(operand) for operand in node.args[:2])
+    return math.prod(image) * math.prod(weight[1:])
+
+
 def _einsum(node: fx.Node) -> int:
     """Operands are contracted from the left, each step over all letters of two."""
     operands: Any = node.args[1]
@@ -102,6 +107,9 @@ FORMULAS: dict[Any, Callable[[fx.Node], int]] = {
     aten.conv2d.default: _convolution,
     aten.conv2d.padding: _convolution,
     aten.conv3d.default: _convolution,
+    aten.conv_transpose1d.default: _transposed_convolution,
+    aten.conv_transpose2d.input: _transposed_convolution,
+    aten.conv_transpose3d.input: _transposed_convolution,
     aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
     ops.norm_linear: _query,
@@ -116,7 +124,7 @@ def count_macs(nodes: Iterable[fx.Node]) -> int:
     """Multiply-adds of the nodes for a batch of one image.
 
     Linear layers, matrix products and convolutions cost the size of their output times the length of what is
-    summed; attention of H heads, N queries and M keys costs `H * N * M * (D_qk + D_v)`.
+    summed, transposed convolutions that of their input times what each number is spread over; attention of H heads, N queries and M keys costs `H * N * M * (D_qk + D_v)`.
     """
     return sum(map(_macs, nodes))
 
