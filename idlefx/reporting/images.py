@@ -107,13 +107,22 @@ def _open(photo: Photo, facts: ModelFacts) -> Image.Image:
         takes = f"{channels} channels" if len(facts.image_size) == 3 else f"inputs of size {tuple(facts.image_size)}"
         raise InputError(f"images: the model takes {takes}, a photograph has 3 channels; pass a tensor")
     try:
-        image = photo if isinstance(photo, Image.Image) else Image.open(photo)
-        return ImageOps.exif_transpose(image).convert(MODES[channels])
+        image = ImageOps.exif_transpose(photo if isinstance(photo, Image.Image) else Image.open(photo))
+        return _in_bytes(image, photo).convert(MODES[channels])
     except UnidentifiedImageError:
         raise InputError(f"images: {photo} is no image; expected a photograph (JPEG, PNG, …)") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as its decoder is minded
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"images: cannot read {photo}: {reason}; mend it or leave it out") from error
+
+
+def _in_bytes(image: Image.Image, photo: Photo) -> Image.Image:
+    """The image with 8 bits a channel; of 16 bits, which `convert` would cut off at 255, the upper ones."""
+    if image.mode == "F":
+        raise InputError(f"images: {photo} holds floating-point numbers, whose range is not known; pass a tensor")
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def _crop(photo: Image.Image, facts: ModelFacts) -> tuple[Image.Image, tuple[float, float, float, float]]:
