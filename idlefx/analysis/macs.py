@@ -124,7 +124,8 @@ def count_macs(nodes: Iterable[fx.Node]) -> int:
     """Multiply-adds of the nodes for a batch of one image.
 
     Linear layers, matrix products and convolutions cost the size of their output times the length of what is
-    summed, transposed convolutions that of their input times what each number is spread over; attention of H heads, N queries and M keys costs `H * N * M * (D_qk + D_v)`.
+    summed, transposed convolutions that of their input times what each number is spread over; attention of H heads, N
+    queries and M keys costs `H * N * M * (D_qk + D_v)`.
     """
     return sum(map(_macs, nodes))
 
