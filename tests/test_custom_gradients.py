@@ -120,6 +120,16 @@ def test_own_gradients_are_for_inference_only(name, keep):
     assert says(refusal(converted, model.train(), keep), *words)
 
 
+def test_backward_hooks_do_not_fix_the_batch():
+    """`len` leaves the batch free in a strict trace only, which torch refuses to make of a module with such hooks."""
+    model = Changed(lambda x: x.expand(len(x), -1)).eval()
+    hook = model.vit.norm.register_full_backward_hook(lambda module, before, after: (before[0] * 0.5,))
+    with pytest.warns(UserWarning, match="backward hook on a module"):
+        idle = idlefx.convert(model, [1], 0.5, example_inputs=images(model.vit, 2), copy=False)
+    assert idle.conversion.batch_free and idle(images(model.vit, 3)).shape[0] == 3
+    assert hook.id in model.vit.norm._backward_hooks, "the model keeps its hooks"
+
+
 def test_frozen_parameters_may_be_thawed():
     model = Changed(Reverse.apply).eval().requires_grad_(False)
     with pytest.warns(UserWarning, match="autograd function Reverse"):

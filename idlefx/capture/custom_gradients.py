@@ -4,10 +4,12 @@ They are found in the autograd graph of a call: `torch.autograd.Function`, hooks
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -51,6 +53,19 @@ def custom_gradient(call: Callable[[], Any]) -> str:
     name = type(function)._forward_cls.__name__
     kind = _KINDS.get(name, f"the autograd function {name}")
     return f"{kind} (at {_line(''.join(function.metadata['traceback_']))})"
+
+
+@contextmanager
+def without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the backward hooks off all modules meanwhile, which no trace has a use for and a strict one fails at."""
+    kept = [(module, module._backward_hooks, module._backward_pre_hooks) for module in model.modules()]
+    for module, hooks, pre_hooks in kept:
+        module._backward_hooks, module._backward_pre_hooks = type(hooks)(), type(pre_hooks)()
+    try:
+        yield
+    finally:
+        for module, hooks, pre_hooks in kept:
+            module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
 
 
 def _own_functions(outputs: Any) -> list[Any]:

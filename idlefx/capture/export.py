@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from idlefx.capture.cleanup import tidy
+from idlefx.capture.custom_gradients import without_backward_hooks
 from idlefx.capture.inputs import guess_inputs, known_facts
 from idlefx.capture.loss_function import loss_function
 from idlefx.capture.modes import Modes
@@ -170,7 +171,7 @@ def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
         try:
             if strict and reassigns_buffers(model, inputs):
                 continue
-            with quiet(), every_line_of_the_model():
+            with quiet(), every_line_of_the_model(), without_backward_hooks(model):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
                 return tidy(program.module(check_guards=False), model), batch_free
         except IdleFxError:
