@@ -213,7 +213,7 @@ class Config:
         if c.head == "dense":
             c = c.reset(outputs=("features",))
         if c.buffer == "reassigned":  # keeps the batch free in one way of tracing only, which `len(x)` does not stand
-            c = c.reset(batch=("len",))
+            c = c.reset(batch=("len",), unfit=("depthwise",))
         if c.gradient == "reversed_in_blocks":  # torch writes into no view that a function of one's own has made
             c = c.reset(residual=("in_place",))
         if c.modes == "frozen_statistics":
