@@ -1,79 +1,125 @@
-"""Let the uninformative tokens of a trained model idle, and look at what it still looks at."""
+"""Let tokens of a trained model follow one another, and see what that changes and what it saves.
 
-import urllib.error
-import urllib.request
+The model is real where its weights can be downloaded, the small one that the package ships otherwise; whatever is
+timed is compiled, and of a size that people use.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from huggingface_hub import constants
-from matplotlib import cbook
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from tabulate import tabulate
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
 
 import idlefx
-from idlefx.bench.runner import bench
-from idlefx.bench.tables import render
-from idlefx.demo.glyphs import Glyphs
-from idlefx.demo.model import glyph_vit
+from idlefx.bench.timer import time_in_turn
+from idlefx.data import Glyphs
+from idlefx.demo.cache import cache_folder
+from idlefx.demo.maps import draw_maps
+from idlefx.demo.samples import ABOUT as SAMPLES
+from idlefx.demo.samples import fetch_samples, kept_samples
+from idlefx.demo.weights import ABOUT as WEIGHTS
+from idlefx.demo.weights import fetch_weights
+from idlefx.models import glyph_vit, saliency_vit
 
-PICTURE = "quickstart.png"
+PICTURE = Path("quickstart.png")
+FOLLOW: dict[str, Any] = {"layers": [1, 3, 5, 7, 9, 11], "keep": 0.85, "idle": "follow"}  # six stages
+REST: dict[str, Any] = {"layers": [3, 6, 9], "keep": 0.7, "idle": "rest"}  # three stages, at about the same cost
+BATCHES = (1, 8)
+SECONDS = 6.0  # of timing for each batch size
 
 
-def trained_model() -> tuple[torch.nn.Module, list[str], list[Image.Image]]:
-    """A model, the names of its classes, and images for it.
+class Subject(NamedTuple):
+    """A trained model, photographs for it, and a model of common size to be timed."""
 
-    DeiT-S and a portrait if the hub answers, or the small model that the package ships and scenes like those that it
-    was trained on.
-    """
+    model: nn.Module
+    photographs: Sequence[Path | Image.Image]
+    timed: nn.Module
+
+
+def subject() -> Subject:
+    """The real model and photographs, which are downloaded once; where that fails, what the package ships."""
     try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=3).close()
-    except (urllib.error.URLError, TimeoutError):
-        constants.HF_HUB_OFFLINE = True  # look into the cache only, instead of retrying for a minute
-    name = "deit_small_patch16_224"
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError):
-        print(f"The hub does not answer, so instead of {name} this is the model that idlefx ships.")
+        for about, fetch in ((WEIGHTS, fetch_weights), (SAMPLES, fetch_samples)):
+            print(f"fetching {about}", flush=True)
+            fetch()
+        model = saliency_vit()
+    except idlefx.InputError as refusal:
+        print(f"\n{refusal}\nSo this is the small model that idlefx ships; DeiT-S, with random weights, is timed.")
         scenes = Glyphs("test", size=5)
-        return glyph_vit(), scenes.classes, [scenes.scene(number).image for number in range(5)]
-    print(f"{name} with its published weights.")
-    portrait = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
-    return model.eval(), ImageNetInfo().label_descriptions(), [portrait]
+        return Subject(
+            glyph_vit(),
+            [scenes.scene(number).image for number in range(5)],
+            timm.create_model("deit_small_patch16_224"),
+        )
+    print(f"both are in {cache_folder()}; the model is a DINOv2 ViT-S/14 with a decoder for saliency")
+    return Subject(model, kept_samples(), model)
 
 
 def title(text: str) -> None:
-    print(f"\n{text}\n{'=' * len(text)}")
+    print(f"\n{text}\n{'=' * len(text)}", flush=True)
+
+
+@torch.inference_mode()
+def times(dense: nn.Module, idle: idlefx.IdleModule) -> str:
+    """What a call takes, compiled, the dense model and the following one in turn."""
+    limit = (costs := idlefx.report(idle)).dense_gmacs / costs.idle_gmacs
+    start = time.perf_counter()
+    calls = [torch.compile(dense.eval(), dynamic=True), idlefx.compile(idle)]
+    rows = []
+    for batch in BATCHES[::-1]:
+        images, samples = torch.randn(batch, *resolve_model_data_config(dense)["input_size"]), []
+        runs = [partial(call, images) for call in calls]
+        for run in runs:
+            run()
+        time_in_turn(runs, images.device, samples, SECONDS)
+        slow, fast = torch.tensor(samples).median(0).values.tolist()
+        rows.insert(0, [batch, f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}×", f"{slow / fast / limit:.0%}"])
+    head = ["batch", "dense, ms", "follow, ms", "speed-up", f"of the {limit:.2f}× that multiply-adds allow"]
+    return f"{tabulate(rows, head)}\n(medians; {time.perf_counter() - start:.0f} s with the compiling)"
 
 
 @torch.inference_mode()
 def main() -> None:
-    dense, classes, images = trained_model()
-    transform = create_transform(**resolve_model_data_config(dense))
-    x = torch.stack([transform(image) for image in images])
+    model, photographs, timed = subject()
 
     title("What was found in the model")
-    print(idlefx.inspect(dense))
+    print(idlefx.inspect(model))
 
-    title("What will idle")  # blocks 3–5 keep 70 % of the tokens, 6–8 keep 49 %, 9–11 keep 34 %
-    idle = idlefx.convert(dense, layers=[3, 6, 9], keep=0.7)
-    print(idle.plan)
+    title("Which tokens work")
+    follow = idlefx.convert(model, **FOLLOW)
+    print(follow.plan)
 
     title("What it saves")
-    print(idlefx.report(idle))
+    print(idlefx.report(follow))
 
-    title("What it computes")
-    all_kept = idlefx.convert(dense, layers=[3, 6, 9], keep=1.0)
-    print("keeping every token gives the dense model's output:", torch.equal(all_kept(x), dense(x)))
-    ours, theirs = idle(x), dense(x)
-    print(f"without fine-tuning, idling moves the logits by {(ours - theirs).norm() / theirs.norm():.1%}")
-    for name, logits in (("idling", ours), ("dense", theirs)):
-        print(f"the {name} model sees:", ", ".join(classes[best] for best in logits.argmax(1)))
+    title("What it changes, without any training")
+    rest = idlefx.convert(model, **REST)
+    all_kept = idlefx.convert(model, **{**FOLLOW, "keep": 1.0})
+    changed = idlefx.compare(model, all_kept, photographs, progress=False).changes["idle"].values()
+    print("keeping every token changes", max(change.relative_difference for change in changed) or "nothing")
+    print(idlefx.compare(model, {"follow": follow, "rest": rest}, photographs, progress=False))
 
     title("What it takes")
-    print(render(bench(dense, idle, x, batches=[1, 8], modes=["eager"])))
+    print(times(timed, follow if timed is model else idlefx.convert(timed, **FOLLOW)))
 
-    title("What it looks at")
-    print(idlefx.draw(idle, images, PICTURE))
+    title("What it sees")
+    if timed is model:
+        data = resolve_model_data_config(model)
+        transform = create_transform(**data)
+        images = torch.stack([transform(Image.open(path).convert("RGB")) for path in photographs])
+        mean, std = (torch.tensor(data[key]).view(3, 1, 1) for key in ("mean", "std"))
+        pixels = (images * std + mean).permute(0, 2, 3, 1).numpy()
+        runs = {"dense": model, "follow": follow, "rest": rest}
+        print(draw_maps(PICTURE, pixels, {name: run(images)["saliency"][:, 0].numpy() for name, run in runs.items()}))
+    else:
+        print(idlefx.draw(follow, photographs, PICTURE))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
 from idlefx.data import scenes
+from idlefx.demo.maps import draw_maps
 from idlefx.demo.saliency import MEAN, STD
 from idlefx.utils.files import whole_file
 
@@ -35,6 +34,10 @@ def tables(results: list[Result]) -> str:
         dense = next(result for result in of_size if result["method"] == "dense")
         title = f"{size} pixels, {dense['scenes']} scenes; the classifier is right in {dense['accuracy']:.0%} of them:"
         parts.append(f"{title}\n\n{tabulate(body, head, tablefmt='github', disable_numparse=True)}")
+        head = ["method", "GMACs", "cosine", "worst cosine", "difference of saliency"]
+        body = [_cells_of_photographs(result) for result in of_size]
+        title = f"{size} pixels, {dense['photographs']} whole photographs:"
+        parts.append(f"{title}\n\n{tabulate(body, head, tablefmt='github', disable_numparse=True)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -43,6 +46,11 @@ def _cells(result: Result) -> tuple[str, ...]:
         result["method"], result["saving"], f"{result['gmacs']:.2f}", f"{result['cosine']:.4f}",
         f"{result['agreement']:.1%}", f"{result['difference']:.4f}", f"{result['iou']:.3f}",
     )  # fmt: skip
+
+
+def _cells_of_photographs(result: Result) -> tuple[str, ...]:
+    cosine, worst, difference = (result[f"photographs' {name}"] for name in ("cosine", "worst cosine", "difference"))
+    return result["method"], f"{result['gmacs']:.2f}", f"{cosine:.4f}", f"{worst:.3f}", f"{difference:.4f}"
 
 
 def _ms(both: tuple[float, float] | None) -> str:
@@ -79,25 +87,6 @@ def picture(path: Path, dense: Callable[[Tensor], dict[str, Tensor]], runs: Runs
     images = scenes(max(SCENES) + 1, split="test").images[list(SCENES)]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     photographs = (images * std + mean).permute(0, 2, 3, 1).numpy()
-    columns = {"": None, "dense": dense}
-    columns |= {f"{name.split(',')[0]}, {keep}": runs(name, level) for keep, level in SHOWN.items() for name in COLUMNS}
-    figure = Figure(figsize=(1.5 * len(columns), 1.62 * len(SCENES)), layout="constrained")
-    grid = figure.subplots(len(SCENES), len(columns), squeeze=False)
-    for place, (title, run) in enumerate(columns.items()):
-        grid[0, place].set_title(title, size=9)
-        shown = (
-            photographs
-            if run is None
-            else [_over(*each) for each in zip(photographs, run(images)["saliency"][:, 0].numpy(), strict=True)]
-        )
-        for axes, image in zip(grid[:, place], shown, strict=True):
-            axes.imshow(np.clip(image, 0, 1))
-            axes.set_axis_off()
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
-
-
-def _over(photograph: np.ndarray, saliency: np.ndarray) -> np.ndarray:
-    """The photograph in grey under the colours of its saliency."""
-    grey = photograph.mean(-1, keepdims=True)
-    return 0.35 * grey + 0.65 * colormaps["inferno"](saliency)[..., :3]
+    runs_of = {"dense": dense}
+    runs_of |= {f"{name.split(',')[0]}, {keep}": runs(name, level) for keep, level in SHOWN.items() for name in COLUMNS}
+    draw_maps(path, photographs, {name: run(images)["saliency"][:, 0].numpy() for name, run in runs_of.items()})

@@ -2,11 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -15,7 +14,10 @@ from PIL import Image
 import idlefx
 from examples import figure, in_house, quickstart, study, train_glyphs
 from idlefx.demo.model import GLYPH_VIT, glyph_vit
+from idlefx.demo.samples import fetch_samples
+from idlefx.demo.weights import fetch_weights
 from idlefx.runtime.selections import selections
+from tests.models.small import build
 from tests.support.documents import ROOT
 
 
@@ -26,21 +28,38 @@ def started(monkeypatch, script, *arguments):
 
 
 @pytest.mark.slow
-def test_quickstart_shows_the_shipped_model_where_there_is_no_hub(monkeypatch, tmp_path, capsys):
-    def silent(*_, **__):
-        raise URLError("no network")
+def test_quickstart_shows_the_shipped_model_where_nothing_can_be_fetched(monkeypatch, tmp_path, capsys):
+    def silent():
+        raise idlefx.InputError("fetch: there is no network")
 
+    monkeypatch.setattr(quickstart, "fetch_weights", silent)
+    monkeypatch.setattr(quickstart, "SECONDS", 0)
+    monkeypatch.setattr(quickstart.timm, "create_model", lambda name: build("vit"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quickstart.urllib.request, "urlopen", silent)
-    monkeypatch.setattr(quickstart.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(quickstart.timm, "create_model", silent)
-    monkeypatch.setattr(quickstart, "bench", partial(quickstart.bench, rounds=1))
     quickstart.main()
     shown = capsys.readouterr().out
-    assert "this is the model that idlefx ships" in shown
-    assert "keeping every token gives the dense model's output: True" in shown
+    assert "there is no network" in shown and "this is the small model that idlefx ships" in shown
+    assert "keeping every token changes nothing" in shown
     assert str(idlefx.inspect(glyph_vit())) in shown
+    assert re.search(r"\n +8 +\d+ +\d+ +\d+\.\d\d× +\d+%", shown), "what a call takes at batch 8"
     assert Image.open(tmp_path / quickstart.PICTURE).width > 100
+
+
+@pytest.mark.slow
+def test_quickstart_shows_the_real_model_where_it_can_be_had(monkeypatch, tmp_path, capsys):
+    try:
+        fetch_weights()
+        fetch_samples()
+    except idlefx.InputError as refusal:
+        pytest.skip(str(refusal))
+    monkeypatch.setattr(quickstart, "times", lambda dense, idle: f"timed {dense is not None}")
+    monkeypatch.chdir(tmp_path)
+    quickstart.main()
+    shown = capsys.readouterr().out
+    assert "a DINOv2 ViT-S/14" in shown and "keeping every token changes nothing" in shown
+    cosine = {name: float(value) for name, value in re.findall(r"(follow|rest) +feature +384 +(\S+)", shown)}
+    assert cosine["follow"] > 0.95 > 0.8 > cosine["rest"]
+    assert Image.open(tmp_path / quickstart.PICTURE).height > 1000
 
 
 def test_figure_is_the_one_in_the_docs(monkeypatch, tmp_path):
