@@ -2,7 +2,8 @@
 
 `python -m idlefx.demo fetch` gets both. Everything is compared with the dense model: the direction of the class token's
 feature, the kind that a classifier on this feature names, the saliency of each pixel, and how well what is salient
-meets the thing in the scene. Every result is kept as soon as it is there; an interrupted study goes on.
+meets the thing in the scene. Whole photographs, in which everything is a thing, have no masks. Every result is kept as
+soon as it is there; an interrupted study goes on.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,7 +25,10 @@ from examples import tome
 from examples.real_study_shown import draw, picture, tables
 from idlefx.bench.timer import time_in_turn
 from idlefx.data import Scenes, scenes
+from idlefx.demo.photographs import kept_photographs
+from idlefx.demo.samples import kept_samples
 from idlefx.models import saliency_vit
+from idlefx.reporting.comparison.image_batches import find_images
 from idlefx.utils.files import whole_file
 
 HERE = Path(__file__).parent
@@ -89,9 +95,9 @@ def make(size: int, method: str, level: int) -> Model:
 
 
 @torch.inference_mode()
-def outputs(run: Callable[[Tensor], dict[str, Tensor]], data: Scenes) -> tuple[Tensor, Tensor]:
-    """Features (count, C) and saliency (count, S, S) of all scenes."""
-    batches = data.images.split(BATCH[data.images.shape[-1]])
+def outputs(run: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (count, C) and saliency (count, S, S) of all images."""
+    batches = images.split(BATCH[images.shape[-1]])
     found = [run(images) for images in tqdm(batches, unit="batch", leave=False, disable=None)]
     return torch.cat([f["feature"] for f in found]), torch.cat([f["saliency"][:, 0] for f in found])
 
@@ -100,14 +106,14 @@ def outputs(run: Callable[[Tensor], dict[str, Tensor]], data: Scenes) -> tuple[T
 def seen(size: int, count: int) -> tuple[Scenes, Tensor, Tensor]:
     """The scenes, and what the dense model makes of them."""
     data = scenes(count, seed=0, size=size, split="test")
-    return data, *outputs(dense_model(size), data)
+    return data, *outputs(dense_model(size), data.images)
 
 
 @cache
 def classifier() -> Tensor:
     """Weights (C + 1, kinds) of a linear classifier of kinds, fitted to the dense model's features."""
     data = scenes(TAUGHT, seed=1, split="train")
-    features = with_one(outputs(dense_model(224), data)[0])
+    features = with_one(outputs(dense_model(224), data.images)[0])
     wanted = F.one_hot(data.kinds).float()
     penalty = RIDGE * len(features) * torch.eye(features.shape[1])
     return torch.linalg.solve(features.mT @ features + penalty, features.mT @ wanted)
@@ -123,10 +129,33 @@ def overlap(saliency: Tensor, masks: Tensor) -> float:
     return ((salient & masks).sum((1, 2)) / (salient | masks).sum((1, 2))).mean().item()
 
 
+@cache
+def photographs(size: int, folder: Path | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole photographs, and what the dense model makes of them: features (count, C) and saliency (count, S, S)."""
+    data = resolve_model_data_config(dense_model(size))
+    transform = create_transform(**data)
+    files = [*kept_samples(), *kept_photographs().grounds] if folder is None else find_images(folder)
+    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    return images, *outputs(dense_model(size), images)
+
+
+def measure_photographs(size: int, folder: Path | None, model: Model) -> dict[str, Any]:
+    """How a model differs from the dense one on whole photographs."""
+    images, dense_features, dense_saliency = photographs(size, folder)
+    features, saliency = outputs(model.run, images)
+    cosines = torch.cosine_similarity(features, dense_features)
+    return {
+        "photographs": len(images),
+        "photographs' cosine": cosines.mean().item(),
+        "photographs' worst cosine": cosines.min().item(),
+        "photographs' difference": (saliency - dense_saliency).abs().mean().item(),
+    }
+
+
 def measure(size: int, count: int, model: Model) -> dict[str, Any]:
-    """How a model differs from the dense one."""
+    """How a model differs from the dense one on scenes."""
     data, dense_features, dense_saliency = seen(size, count)
-    features, saliency = outputs(model.run, data)
+    features, saliency = outputs(model.run, data.images)
     kinds, dense_kinds = ((with_one(each) @ classifier()).argmax(1) for each in (features, dense_features))
     return {
         "size": size, "scenes": count, "gmacs": model.gmacs, "saving": model.saving,
@@ -177,6 +206,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=600, help="at 224 pixels")
     parser.add_argument("--large", type=int, default=48, help="scenes at 518 pixels; 0 for none")
+    parser.add_argument(
+        "--photographs", type=Path, metavar="FOLDER", help="whole ones; those that were fetched if none"
+    )
     parser.add_argument("--time", type=int, nargs="*", default=[], metavar="BATCH", help="time the compiled models too")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "real_study.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "real_study.png")
@@ -194,7 +226,8 @@ def main() -> None:
     for size, method, level in (bar := tqdm([*missing(results, counts)], unit="model")):
         bar.set_postfix_str(f"{size} pixels, {method}")
         model = make(size, method, level)
-        results.append({"method": method, "level": level, **measure(size, counts[size], model)})
+        whole = measure_photographs(size, args.photographs, model)
+        results.append({"method": method, "level": level, **measure(size, counts[size], model), **whole})
         keep()
     for size in counts:
         for level in range(len(KEEPS[size])):

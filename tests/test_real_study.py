@@ -9,6 +9,7 @@ from PIL import Image
 
 from examples import real_study, real_study_shown, tome
 from idlefx.demo.photographs import fetch_photographs
+from idlefx.demo.samples import fetch_samples
 from idlefx.demo.weights import fetch_weights
 from idlefx.errors import InputError
 from tests.models.small import build, images
@@ -60,6 +61,8 @@ def test_budget_of_merging_is_just_met():
 
 def test_tables_and_plot_show_every_result(tmp_path):
     shared = {"size": 224, "scenes": 600, "saving": "how", "accuracy": 0.5, "difference": 0.01, "iou": 0.7}
+    whole = {f"photographs' {name}": 0.25 for name in ("cosine", "worst cosine", "difference")}
+    shared |= {"photographs": 9, **whole}
     results = [
         shared | {"method": method, "level": level, "gmacs": 4.0 - level, "cosine": 0.9, "agreement": 0.95}
         for method in ("dense", *real_study.METHODS)
@@ -67,7 +70,8 @@ def test_tables_and_plot_show_every_result(tmp_path):
     ]
     results[-1]["ms at batch 1"] = 20.0, 50.0
     text = real_study_shown.tables(results)
-    assert text.count("| ToMe") == 2 and "20.0 (2.50×)" in text and "right in 50%" in text
+    assert text.count("| ToMe") == 4 and "9 whole photographs" in text and "| 0.250 " in text
+    assert "20.0 (2.50×)" in text and "right in 50%" in text
     real_study_shown.draw(results, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 500
 
@@ -75,7 +79,7 @@ def test_tables_and_plot_show_every_result(tmp_path):
 @pytest.mark.slow
 def test_study_runs_and_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsys):
     try:
-        fetch_weights(), fetch_photographs()
+        fetch_weights(), fetch_photographs(), fetch_samples()
     except InputError as refusal:
         pytest.skip(str(refusal))
     monkeypatch.setattr(real_study, "KEEPS", {224: [(0.7, 0.85)]})
@@ -93,6 +97,8 @@ def test_study_runs_and_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, 
     assert results["dense"]["cosine"] > 0.9999 and results["dense"]["agreement"] == 1
     assert min(results[name]["cosine"] for name in ("ToMe", "follow, 3 stages", "follow, 6 stages")) > 0.98
     assert results["rest"]["cosine"] < 0.9
+    assert min(results[name]["photographs' cosine"] for name in ("ToMe", "follow, 3 stages")) > 0.98
+    assert results["dense"]["photographs' worst cosine"] > 0.9999
     assert Image.open(tmp_path / "picture.png").width > 400
     monkeypatch.setattr(real_study, "measure", lambda *_: pytest.fail("measured again"))
     real_study.main()
