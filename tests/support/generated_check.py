@@ -2,7 +2,9 @@
 
 import copy
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -55,6 +57,17 @@ def convert(model: torch.nn.Module, config: Config, keep: dict[int, float]) -> A
     )
 
 
+@contextmanager
+def analysed_once(config: Config) -> Iterator[None]:
+    """Let conversions of one model share what is found out about it, which takes longest; the last alone may rewrite."""
+    with ExitStack() as stack:
+        traced = capture(habits.given(config), inputs(config, 2, seed=9))
+        stack.enter_context(patch.object(pipeline, "capture", return_value=traced))
+        for name in ("spell", "find_blocks"):
+            stack.enter_context(patch.object(pipeline, name, cache(getattr(pipeline, name))))
+        yield
+
+
 def check_table(blocks: idlefx.BlockTable, config: Config) -> None:
     """What `inspect` says about the blocks."""
     assert len(blocks) == config.depth, str(blocks)
@@ -79,14 +92,12 @@ def check(config: Config, keep: dict[int, float]) -> bool:
     expected = generated_reference.run(model, kept, x)
     if expected.margin <= CLEAR_MARGIN:
         return False
-    with habits.announced(config):
-        traced = capture(habits.given(config), inputs(config, 2, seed=9))  # once: it is what takes long
-        with patch.object(pipeline, "capture", return_value=traced):
-            idle = convert(model, config, keep)
-            same = copy.deepcopy(convert(model, config, dict.fromkeys(keep, 1.0)))
-            if config.unfit != "none":
-                with pytest.raises(idlefx.IdleFxError, match=REASONS[config.unfit]):
-                    convert(model, config, {1: 0.5})
+    with habits.announced(config), analysed_once(config):
+        same = copy.deepcopy(convert(model, config, dict.fromkeys(keep, 1.0)))
+        if config.unfit != "none":
+            with pytest.raises(idlefx.IdleFxError, match=REASONS[config.unfit]):
+                convert(model, config, {1: 0.5})
+        idle = convert(model, config, keep)
     check_table(idle.plan.blocks, config)
     chosen = selections(idle.eval(), *x)
     assert chosen.keys() == expected.selected.keys()

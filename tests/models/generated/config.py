@@ -49,11 +49,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "flag": ("none", "number", "switch"),
     "modes": ("eval", "train", "frozen_blocks", "frozen_statistics", "sampling"),
     "wrapper": ("none", "compiled", "parallel", "both", "compiled_block", "forward_hook"),
+    "depth": (3, 2, 1),
 }  # fmt: skip
 
 MOSTLY_THE_SIMPLEST = {  # how many more times the simplest choice is drawn than each of the others
-    "batch": 9, "unfit": 12, "collision": 4, "gradient": 12, "buffer": 2, "statistics": 1, "region": 6, "flag": 1,
-    "modes": 1, "wrapper": 6,
+    "batch": 9, "dropout": 2, "unfit": 12, "collision": 4, "gradient": 12, "buffer": 2, "statistics": 1, "region": 6,
+    "flag": 1, "modes": 1, "wrapper": 6,
 }  # fmt: skip
 
 
@@ -171,6 +172,10 @@ class Config:
     def normalised(self) -> "Config":
         """The nearest config whose parts fit together."""
         c = self
+        if c.outputs == "skips" or c.unfit != "none" or c.block == "mlp_first":
+            c = c.reset("depth")  # there must be one in the middle, or several, to tell whose the MLPs are
+        elif c.depth == 1 and (c.place == "late" or c.outputs == "features"):
+            c = replace(c, depth=2)
         if c.unfit in ("windows", "reduced_keys"):
             c = replace(c, prefix=0).reset("core", "grid", "mask", "bias", "rotary", "groups", "positions")
             c = c.reset(inputs=("label_token", "valid"))
