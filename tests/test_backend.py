@@ -21,13 +21,10 @@ def test_compiled_equals_eager_in_one_graph_for_all_batches():
     idle = idlefx.convert(model, [0, 1], 0.5)
     counter = CompileCounterWithBackend("inductor")
     fast = idlefx.compile(idle, backend=counter)  # refuses more than one graph
-    # Twice, as Dynamo begins anew once it has learned that the epsilon of a norm is a constant; torch's own models too.
-    compiled = counter.frame_count
-    assert compiled <= 2
     for batch in (3, 5):
         x = images(model, batch)
         assert torch.allclose(fast(x), idle(x), atol=1e-5)
-    assert counter.frame_count == compiled
+    assert counter.frame_count == 1
 
 
 @torch.no_grad()

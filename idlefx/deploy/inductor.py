@@ -34,6 +34,8 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
     """
     idle = converted(idle)
     compiled: Any = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
+    # A free batch makes Dynamo take numbers of layers, as the epsilon of a norm, for free too, until it begins anew.
+    compiled.forward = torch._dynamo.config.patch(specialize_float=True)(compiled.forward)
     # Before Dynamo sees them, whose own error would hide what is wrong with the inputs.
     compiled.register_forward_pre_hook(_check_inputs, with_kwargs=True)
     if verify and not idle.training:
