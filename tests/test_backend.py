@@ -1,5 +1,7 @@
 """Compiled equals eager; one graph serves every batch size; a compiled model that is off is refused."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -34,6 +36,32 @@ def test_batch_that_is_not_free_is_compiled_anew(idle):
     for batch in (3, 5):
         fast(torch.randn(batch, 3, 48, 48))
     assert counter.frame_count == 2
+
+
+def test_each_model_is_compiled_by_itself(idle):
+    """Dynamo compiles one code eight times at most, so each has its own."""
+    models = idle, copy.copy(idle), copy.deepcopy(idle)
+    assert len({id(model.forward.__code__) for model in models}) == 3
+
+
+def test_going_from_mode_to_mode_compiles_nothing_anew():
+    counter = CompileCounterWithBackend("eager")
+    fast = idlefx.compile(idlefx.convert(build("vit", depth=2, drop_rate=0.5), [1], 0.5), backend=counter)
+    for _ in range(3):
+        fast.train()(torch.randn(2, 3, 48, 48))
+        fast.eval()(torch.randn(2, 3, 48, 48))
+    assert counter.frame_count == 3  # eval without gradients, train, eval with gradients
+
+
+def test_an_edited_graph_runs_as_edited(idle):
+    edited = copy.deepcopy(idle)
+    x, forward = torch.randn(2, 3, 48, 48), type(edited).forward
+    edited.recompile()
+    assert type(edited).forward is forward
+    (norm,) = (node for node in edited.graph.nodes if node.target == "norm")
+    norm.replace_all_uses_with(norm.args[0])
+    edited.recompile()
+    assert not torch.equal(edited(x), idle(x))
 
 
 def faulty(gm, _):

@@ -1,6 +1,5 @@
 """The result of a conversion: a graph module that stays what its model was to its users."""
 
-import inspect
 import warnings
 from copy import deepcopy
 from typing import Any
@@ -15,13 +14,12 @@ from idlefx.graph.notes import KEY
 from idlefx.graph.state import adopt, computed, keep_order, list_numbered, place
 from idlefx.records import Plan
 from idlefx.runtime import ops
-from idlefx.runtime.call_checks import checked
 from idlefx.runtime.conversion import Conversion
-from idlefx.runtime.labels import with_loss
+from idlefx.runtime.forwards import Forwards
 from idlefx.runtime.layers import add_constants
 from idlefx.runtime.parts import Owner, make_parts
 from idlefx.runtime.saving import SavedModule, own_attributes, saved
-from idlefx.runtime.swaps import check_containers, containers_of, guarded
+from idlefx.runtime.swaps import check_containers, containers_of
 
 
 class IdleModule(Owner, fx.GraphModule):
@@ -101,8 +99,9 @@ class IdleModule(Owner, fx.GraphModule):
         conversion = self.__dict__.get("meta", {}).get(KEY)
         if conversion is not None:
             kind: Any = type(self)  # every graph module has a class of its own
-            forward = guarded(inspect.unwrap(kind.forward), containers_of(self.graph))
-            kind.forward = with_loss(checked(forward, conversion.calls), conversion.loss)
+            if "_forwards" not in vars(kind):
+                kind._forwards = Forwards(conversion)
+            kind.forward = kind._forwards.of(self.graph, self.code, kind.forward)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:  # what torch calls while TorchScript is tracing
         _speak_of_tracing()
