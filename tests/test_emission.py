@@ -2,6 +2,7 @@
 
 import copy
 import json
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -39,29 +40,22 @@ def quick(monkeypatch):
     monkeypatch.setattr(bundle, "package", lambda idle, path, **_: path.write_bytes(b"artifact"))
 
 
-@pytest.fixture(scope="module")
-def emitted(tmp_path_factory):
-    return idlefx.emit(converted(), tmp_path_factory.mktemp("emitted") / "vit", model=colours.MODEL, batch=(1, 64))
-
-
 @pytest.mark.slow
-def test_the_artifact_computes_what_the_model_does(emitted):
+@pytest.mark.parametrize("idle", ["rest", "follow"])
+def test_artifact_and_script_are_of_this_model_and_plan(idle, tmp_path):
+    directory = idlefx.emit(converted(idle=idle), tmp_path / "vit", model=colours.MODEL, batch=(1, 64))
     x = torch.randn(3, 3, colours.SIDE, colours.SIDE)
-    torch.testing.assert_close(idlefx.load(emitted / "model.pt2")(x), converted()(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_script_tunes_this_model_by_this_plan_and_packages_it(emitted, tmp_path):
+    artifact = idlefx.load(directory / "model.pt2")
+    torch.testing.assert_close(artifact(x), converted(idle=idle)(x), rtol=1e-4, atol=1e-4)
     data = colours.folder(tmp_path / "data", train=16, val=4)
-    command = [sys.executable, emitted / "finetune.py", data, "1"]
+    command = [sys.executable, directory / "finetune.py", data, "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "idle, tuned" in run.stdout
-    tuned = copy.deepcopy(converted())
-    safetensors.torch.load_model(tuned, emitted / "tuned.safetensors")
-    x = torch.randn(2, 3, colours.SIDE, colours.SIDE)
-    torch.testing.assert_close(idlefx.load(emitted / "tuned.pt2")(x), tuned(x), rtol=1e-4, atol=1e-4)
-    assert not torch.equal(tuned(x), converted()(x))
+    tuned = copy.deepcopy(converted(idle=idle))
+    safetensors.torch.load_model(tuned, directory / "tuned.safetensors")
+    torch.testing.assert_close(idlefx.load(directory / "tuned.pt2")(x), tuned(x), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(tuned(x), converted(idle=idle)(x))
 
 
 def test_what_is_written(quick, tmp_path):
@@ -83,6 +77,33 @@ def test_the_script_is_short_and_says_what_the_user_said(quick, tmp_path):
     assert len(script.splitlines()) <= 60
     assert "layers=[1], keep=0.5, schedule='blocks'" in script
     assert "$" not in script
+
+
+def test_what_is_written_where_tokens_follow(quick, tmp_path):
+    directory = idlefx.emit(converted(idle="follow"), tmp_path / "vit", model=colours.MODEL)
+    assert {path.name for path in directory.iterdir()} == FILES
+    assert json.loads((directory / "plan.json").read_text())["idle"] == "follow"
+    assert "keep=0.5, schedule='blocks', idle='follow'" in (directory / "finetune.py").read_text()
+    told = (directory / "report.md").read_text()
+    assert "idle tokens follow the worker most like them; they are grouped anew at block 1" in told
+    assert "idle ones in the mean colour of the patch that they follow" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "status"),
+    [
+        (["--help"], "[DATA] [STEPS]", 0),
+        (["pictures", "x"], "argument STEPS: invalid int value: 'x'", 2),
+        ([], "there is no path/to/images; name a folder", "error"),
+    ],
+)
+def test_the_script_says_how_it_is_run(arguments, words, status, quick, tmp_path, monkeypatch, capsys):
+    script = idlefx.emit(converted(), tmp_path / "vit", model=colours.MODEL) / "finetune.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert words in "".join([*capsys.readouterr(), str(ended.value)])
+    assert str(ended.value.code).startswith(str(status))
 
 
 def test_a_failure_leaves_nothing_behind(monkeypatch, tmp_path):

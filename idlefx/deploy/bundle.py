@@ -215,9 +215,11 @@ def _draw(idle: IdleModule, images: Photo | Sequence[Photo] | Tensor | None, pat
 
 
 def _report(idle: IdleModule, name: str, pictured: bool) -> str:
-    parts = [f"# {name}, idling", f"```\n{conversion_of(idle).plan}\n```", f"```\n{report(idle)}\n```"]
+    plan = conversion_of(idle).plan
+    parts = [f"# {name}, idling", f"```\n{plan}\n```", f"```\n{report(idle)}\n```"]
     if pictured:
-        parts.append(f"![Working patches in colour, idle ones faded, block by block]({PICTURE})")
+        idles = "in the mean colour of the patch that they follow" if plan.idle == "follow" else "faded"
+        parts.append(f"![Working patches as they are, idle ones {idles}, block by block]({PICTURE})")
     parts.append(
         f"`idlefx.load({ARTIFACT!r})` runs the model; `python {SCRIPT}` tunes it, once its line `DATA` names the data. "
         f"Made with {', '.join(f'{package} {version}' for package, version in versions().items())}."
