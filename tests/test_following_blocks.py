@@ -7,8 +7,8 @@ from torch import nn
 
 import idlefx
 from idlefx.zoo.reference import Tokens
+from idlefx.zoo.reference.groups import Stage
 from tests.oracles import following_zoo
-from tests.oracles.following import Stage
 from tests.support.following_check import agrees
 
 

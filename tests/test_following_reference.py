@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from idlefx.zoo.reference import Attention, Tokens
+from idlefx.zoo.reference.first_norm import first_norm
+from idlefx.zoo.reference.groups import Stage, anchors, group
 from tests.models.generated import Config, inputs
 from tests.models.generated import build as build_generated
 from tests.models.small import DEPTH, MODELS, build, image_tokens, images
 from tests.oracles import following, following_generated, following_zoo
-from tests.oracles.first_norm import first_norm
-from tests.oracles.following import Stage, anchors, group
 
 PATHS = [f"blocks.{index}" for index in range(DEPTH)]
 

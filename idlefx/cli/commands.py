@@ -26,7 +26,7 @@ from idlefx.errors import InputError
 from idlefx.options import PlanOptions
 from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.utils.files import whole_file
-from idlefx.zoo import survey
+from idlefx.zoo import survey, table
 
 SCENES = 5
 
@@ -83,9 +83,9 @@ def zoo(options: argparse.Namespace) -> int:
     """Check the models of the compatibility table and print it; 1 if one of them fails."""
     with whole_file(options.markdown) if options.markdown else nullcontext() as partial:
         rows = survey.survey(survey.find(options.only, quick=options.quick))
-        print(survey.render(rows))
+        print(table.render(rows))
         if partial:
-            partial.write_text(survey.render(rows, "github"))
+            partial.write_text(table.render(rows, "github"))
     return FAILED if any(row.failure for row in rows) else 0
 
 

@@ -1,31 +1,36 @@
-"""The compatibility table: every model converted, and compared with the model itself and with a reference."""
+"""The rows of the compatibility table: every model converted, and compared with the model itself and the references."""
 
 import random
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from idlefx.capture.inputs import guess_inputs
 from idlefx.errors import IdleFxError, InputError
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable
-from idlefx.runtime.module import IdleModule, conversion_of
-from idlefx.runtime.selections import selections
-from idlefx.zoo import reference as reference
+from idlefx.runtime.module import conversion_of
+from idlefx.zoo.comparisons import (
+    Comparison,
+    FollowingComparison,
+    compare,
+    compare_following,
+    largest_difference,
+    run,
+)
 from idlefx.zoo.models import Entry, Inputs, entries, images
 
 EXAMPLE_BATCH, BATCH = 2, 3
 TOLERANCE = 1e-5
 TIE = 1e-4
-WIDTHS = {"simple": [None] * 7 + [60], "github": None}
+TRIES = 5  # batches for following, of which the first without a near tie is compared
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,11 @@ class Row:
         found: Blocks found.
         can_idle: Blocks that can idle.
         keep_all: Largest difference to the model when all tokens are kept; None where nothing was converted.
-        reference: Largest relative difference to the reference at a random plan and another batch.
+        resting: Largest relative difference to the reference at a random plan and another batch, where tokens rest.
+        following: The same where tokens follow; None where nothing was compared, which the note explains.
+        ties: Batches on which following was not compared, as rounding decides there who follows whom.
         batch: "free", or the only batch size the result takes.
-        note: What was refused and why.
+        note: What was refused and why, or why following was not compared.
         failure: What is wrong; empty where the model converts right, or is refused for the reason expected.
         missing: Whether its library is not installed, or too old for it.
     """
@@ -50,7 +57,9 @@ class Row:
     found: int = 0
     can_idle: int = 0
     keep_all: float | None = None
-    reference: float | None = None
+    resting: float | None = None
+    following: float | None = None
+    ties: int = 0
     batch: str = ""
     note: str = ""
     failure: str = ""
@@ -88,19 +97,51 @@ def _check(entry: Entry, model: nn.Module, row: dict[str, Any]) -> Row:
     idle = convert(model, layers, keeps, schedule="blocks", example_inputs=example)
     everything = convert(model, layers, 1.0, schedule="blocks", example_inputs=example)
     free = conversion_of(idle).batch_free
-    batch = inputs_of(entry, model, BATCH if free else EXAMPLE_BATCH, seed=1)
-    keep_all = largest_difference(run(model, batch), run(everything, batch), relative=False)
-    answer = compare(model, idle, table, batch)
-    counts |= {"keep_all": keep_all, "reference": answer.error, "batch": "free" if free else f"only {EXAMPLE_BATCH}"}
-    return Row(**counts, failure=_value_failure(keep_all, answer))
+    batches = [inputs_of(entry, model, BATCH if free else EXAMPLE_BATCH, seed=seed) for seed in range(1, 1 + TRIES)]
+    keep_all = largest_difference(run(model, batches[0]), run(everything, batches[0]), relative=False)
+    answer = compare(model, idle, table, batches[0])
+    counts |= {"keep_all": keep_all, "resting": answer.error, "batch": "free" if free else f"only {EXAMPLE_BATCH}"}
+    if failure := _value_failure(keep_all, answer):
+        return Row(**counts, failure=failure)
+    followed = _follow(model, table, draw, example, batches)
+    counts |= {"following": followed.error, "ties": followed.ties}
+    counts["note"] = "; ".join(filter(None, (counts["note"], _following_note(followed))))
+    return Row(**counts, failure=_following_failure(followed))
+
+
+def _follow(
+    model: nn.Module, table: BlockTable, draw: random.Random, example: Inputs, batches: Sequence[Inputs]
+) -> FollowingComparison:
+    """Convert a model with stages that follow, or with single blocks where not all can, and compare it."""
+    able = [block.index for block in table if block.can_idle and not block.rest_only]
+    if not able:
+        return FollowingComparison(None, reason=next(block.rest_only for block in table if block.can_idle))
+    layers = sorted(draw.sample(able, draw.randint(1, max(1, len(able) - 1))))
+    keeps = [round(draw.uniform(0.2, 0.9), 2) for _ in layers]
+    whole = set(able) >= set(range(layers[0], len(table)))
+    idle = convert(
+        model, layers, keeps, schedule="stages" if whole else "blocks", idle="follow", example_inputs=example
+    )
+    return compare_following(model, idle, table, batches)
 
 
 def _note(refusals: Sequence[str]) -> str:
     """How many blocks are refused, and why the first of them is, with the file's name only."""
     if not refusals:
         return ""
-    reason = re.sub(r"\(at \S*?([^/\s]+:\d+).*$", r"(\1)", refusals[0])
-    return f"{len(refusals)} refused: {reason}"
+    return f"{len(refusals)} refused: {_with_short_name(refusals[0])}"
+
+
+def _with_short_name(reason: str) -> str:
+    """A reason that ends with a line of a file, without the folders of that file."""
+    return re.sub(r"\(at \S*?([^/\s]+:\d+).*$", r"(\1)", reason)
+
+
+def _following_note(followed: FollowingComparison) -> str:
+    """Why following was not compared."""
+    if followed.reason:
+        return f"following not compared: {_with_short_name(followed.reason)}"
+    return f"following not compared: near ties on all {followed.ties} batches" if followed.error is None else ""
 
 
 def _blocks_failure(entry: Entry, table: BlockTable) -> str:
@@ -113,14 +154,6 @@ def _blocks_failure(entry: Entry, table: BlockTable) -> str:
     return "no block is refused, though this was expected" if entry.refused and not refusals else ""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Relative error of the output, and of the choice in standard deviations of the scores."""
-
-    error: float
-    excess: float
-
-
 def _value_failure(keep_all: float, answer: Comparison) -> str:
     if keep_all > 0:
         return f"keeping all tokens changes the output by {keep_all:.2g}"
@@ -129,23 +162,12 @@ def _value_failure(keep_all: float, answer: Comparison) -> str:
     return f"differs from the reference by {answer.error:.2g}" if not answer.error <= TOLERANCE else ""
 
 
-def compare(model: nn.Module, idle: IdleModule, table: BlockTable, batch: Inputs) -> Comparison:
-    """Hold a converted model against the reference on one batch.
-
-    Raises:
-        ValueError: The converted model lets another number of tokens work than its plan says.
-    """
-
-    def call() -> Any:
-        return run(model, batch)
-
-    paths = {step.block: table[step.block].path for step in idle.plan if step.idles}
-    args, kwargs = ((), batch) if isinstance(batch, dict) else ((batch,), {})
-    chosen = {paths[block]: index for block, index in selections(idle, *args, **kwargs).items()}
-    keeps = {paths[step.block]: step.keep for step in idle.plan if step.idles}
-    tokens = reference.look(model, [block.path for block in table], lambda: _call(model, batch))
-    answer = reference.idle(model, keeps, tokens, chosen, call)
-    return Comparison(largest_difference(answer.output, run(idle, batch)), answer.excess)
+def _following_failure(followed: FollowingComparison) -> str:
+    if not followed.grouped:
+        return "groups tokens in another way than the rule"
+    if followed.error is None or followed.error <= TOLERANCE:
+        return ""
+    return f"following differs from its reference by {followed.error:.2g}"
 
 
 def inputs_of(entry: Entry, model: nn.Module, batch: int, seed: int = 0) -> Inputs:
@@ -155,32 +177,6 @@ def inputs_of(entry: Entry, model: nn.Module, batch: int, seed: int = 0) -> Inpu
         if entry.inputs is not None:
             return entry.inputs(batch)
         return tree_map_only(Tensor, lambda t: images(batch, t.shape[-1]), guess_inputs(model)[0])
-
-
-def _call(model: nn.Module, batch: Inputs) -> Any:
-    return model(**batch) if isinstance(batch, dict) else model(batch)
-
-
-@torch.no_grad()
-def run(model: nn.Module, batch: Inputs) -> Any:
-    """The model's output, without the fused kernel of `nn.MultiheadAttention`, which rounds on its own."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        return _call(model, batch)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def largest_difference(expected: Any, actual: Any, *, relative: bool = True) -> float:
-    """The largest difference between the tensors of two outputs: of norms, in relation to the norm, or of entries."""
-    found = [0.0]
-    for a, b in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
-        if isinstance(a, Tensor):
-            gap = (a.double() - b.double()).abs()
-            size = a.double().norm() if relative and a.any() else 1.0
-            found.append(float((gap.norm() if relative else gap.max()) / size))
-    return max(found) if all(value == value for value in found) else float("nan")
 
 
 def find(pattern: str = "", *, quick: bool = False) -> list[Entry]:
@@ -206,34 +202,3 @@ def survey(models: Sequence[Entry]) -> list[Row]:
             bar.set_postfix_str(entry.label)
             rows.append(check(entry))
     return rows
-
-
-def render(rows: Iterable[Row], style: str = "simple") -> str:
-    """The table and a line that sums it up, for a terminal or with `style="github"` as Markdown."""
-    rows = list(rows)
-    cells = [
-        (
-            row.label, row.family, row.found or "-", row.can_idle if row.found else "-",
-            "-" if row.keep_all is None else f"{row.keep_all:.0e}" if row.keep_all else "0",
-            "-" if row.reference is None else f"{row.reference:.0e}",
-            row.batch or "-", f"FAILS: {row.failure}" if row.failure else row.note,
-        )
-        for row in rows
-    ]  # fmt: skip
-    headers = ("model", "family", "blocks", "can idle", "keep-all error", "reference error", "batch", "note")
-    table: str = tabulate(cells, headers, tablefmt=style, disable_numparse=True, maxcolwidths=WIDTHS[style])
-    if style == "github":  # read by people only once it is rendered
-        table = re.sub(" +", " ", re.sub("-{4,}", "---", table))
-    return f"{table}\n\n{_summary(rows)}\n"
-
-
-def _summary(rows: Sequence[Row]) -> str:
-    converted = [row for row in rows if row.reference is not None and not row.failure]
-    failed = sum(bool(row.failure) for row in rows)
-    missing = sum(row.missing for row in rows)
-    refused = len(rows) - len(converted) - failed - missing
-    parts = [f"{len(converted)} of {len(rows)} models convert", f"{refused} are refused for the reason given"]
-    parts += [f"{missing} were not tried"] if missing else []
-    parts += [f"{failed} FAIL"] if failed else []
-    worst = max((row.reference or 0.0 for row in converted), default=0.0)
-    return f"{', '.join(parts)}. Largest reference error {worst:.0e}."

@@ -6,11 +6,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from idlefx.zoo.reference.first_norm import first_norm
+from idlefx.zoo.reference.groups import Groups, Passage, Result, Stage, class_attention, group
 from tests.models.generated.attention import Attention
 from tests.models.generated.vit import ViT
 from tests.oracles import generated_reference
-from tests.oracles.first_norm import first_norm
-from tests.oracles.following import Groups, Passage, Result, Stage, class_attention, group
 
 Context = tuple[Tensor | None, ...]
 

@@ -4,8 +4,8 @@ import torch
 
 import idlefx
 from idlefx.runtime.selections import groups
+from idlefx.zoo.reference.groups import Stage
 from tests.oracles import following
-from tests.oracles.following import Stage
 from tests.support.generated_check import error_of
 
 CLEAR = 1e-5  # a narrower choice is decided by rounding

@@ -1,8 +1,8 @@
-"""Token idling on the user's own eager modules: an independent answer to what a converted model returns.
+"""Tokens that rest in the user's own eager modules: an independent answer to what a converted model returns.
 
 Nothing here looks at a graph. A block runs on all of its tokens, once to read its queries and keys, once more with
 the idle tokens hidden from its attention; then the idle tokens take back what they were. Whatever a block reads by
-position, that is what it gives on the working tokens alone. One file, however long: it imports nothing of the package.
+position, that is what it gives on the working tokens alone.
 """
 
 import math

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.oracles.reference import kept_tokens
+from idlefx.zoo.reference.resting import kept_tokens
 
 GOLDEN = 0.6180339887498949
 ATTENDED = 0.1  # what the attention that a token receives counts for, beside a cosine

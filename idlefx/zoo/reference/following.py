@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from idlefx.zoo import reference as zoo
-from tests.oracles.first_norm import first_norm
-from tests.oracles.following import Groups, Passage, Result, Stage, class_attention, group
+from idlefx.zoo.reference.first_norm import first_norm
+from idlefx.zoo.reference.groups import Groups, Passage, Result, Stage, class_attention, group
+from idlefx.zoo.reference.resting import Attention, Tokens
 
 
 class Stream:
@@ -38,7 +38,7 @@ def run(
     model: nn.Module,
     paths: Sequence[str],
     plan: Sequence[Stage],
-    tokens: Mapping[str, zoo.Tokens],
+    tokens: Mapping[str, Tokens],
     call: Callable[[], Any],
 ) -> Result:
     """Run a model with tokens following.
@@ -65,7 +65,7 @@ def run(
 
 
 def _following(
-    blocks: Sequence[nn.Module], stage: Stage, tokens: zoo.Tokens, groups: dict[int, Groups]
+    blocks: Sequence[nn.Module], stage: Stage, tokens: Tokens, groups: dict[int, Groups]
 ) -> list[Callable[..., Any]]:
     """What the blocks of one stage do instead."""
     passages: list[Passage] = []  # the one under way
@@ -83,7 +83,7 @@ def _following(
 
             def block(stream: Tensor, sizes: Tensor) -> Tensor:
                 moved, named = entry.replaced(stream)
-                with zoo.Attention(*x.shape[:2], sizes):
+                with Attention(*x.shape[:2], sizes):
                     exits.append(Stream(dense(*moved, **named), x.shape))
                 return exits[0].value
 
@@ -95,12 +95,12 @@ def _following(
     return [forward_of(block.forward, place == 0) for place, block in enumerate(blocks)]
 
 
-def _grouped(dense: Callable[..., Any], entry: Stream, kept: int, tokens: zoo.Tokens) -> Groups:
+def _grouped(dense: Callable[..., Any], entry: Stream, kept: int, tokens: Tokens) -> Groups:
     """The grouping that a block begins with."""
     x = entry.value
     args, kwargs = entry.replaced(x)  # as they were
     normalised = first_norm(x, lambda: dense(*args, **kwargs))
-    with zoo.Attention(*x.shape[:2]) as attention:
+    with Attention(*x.shape[:2]) as attention:
         dense(*args, **kwargs)
     if not attention.found:
         raise ValueError("the block runs no attention that the reference recognises")
