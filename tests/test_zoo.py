@@ -1,5 +1,6 @@
 """The compatibility table: its shrunk form holds, and each of its checks can fail."""
 
+import math
 import re
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 
 from idlefx.cli.main import main
 from idlefx.pipeline import convert, inspect
-from idlefx.zoo import survey
+from idlefx.zoo import comparisons, survey, table
 from idlefx.zoo.models import DEPTH, QUICK, Entry, entries
 from tests.models import small
 from tests.models.small import MODELS
@@ -38,7 +39,7 @@ def test_row_of_the_shrunk_table(entry):
     if not entry.refused:
         assert (row.found, row.can_idle, row.note) == (entry.blocks, entry.blocks, "")
         assert (row.keep_all, row.batch) == (0.0, "free")
-        assert row.reference <= survey.TOLERANCE
+        assert max(row.resting, row.following) <= survey.TOLERANCE
     else:
         assert "refused: " in row.note
         assert row.can_idle < max(row.found, 1)
@@ -88,7 +89,7 @@ def test_library_that_is_missing_is_said():
     row = survey.check(Entry("some", "test", absent))
     assert (row.missing, row.failure) == (True, "")
     assert row.note == "not tried: No module named 'transformers'"
-    assert "1 were not tried" in survey.render([row])
+    assert "1 were not tried" in table.render([row])
 
 
 @pytest.fixture
@@ -100,8 +101,8 @@ def case():
     return model, inspect(model, batch), idle, batch
 
 
-def verdict(model, table, idle, batch):
-    return survey._value_failure(0.0, survey.compare(model, idle, table, batch))
+def verdict(model, blocks, idle, batch):
+    return survey._value_failure(0.0, comparisons.compare(model, idle, blocks, batch))
 
 
 def test_conversion_that_is_right_passes(case):
@@ -109,42 +110,87 @@ def test_conversion_that_is_right_passes(case):
 
 
 def test_other_weights_fail(case):
-    model, table, idle, batch = case
+    model, blocks, idle, batch = case
     with torch.no_grad():
         idle.get_parameter("blocks.1.mlp.fc2.bias")[0] += 1e-2
-    assert "differs from the reference" in verdict(model, table, idle, batch)
+    assert "differs from the reference" in verdict(model, blocks, idle, batch)
 
 
 def test_other_plan_fails(case):
-    model, table, idle, batch = case
+    model, blocks, idle, batch = case
     other = convert(model, [1, 3], [0.5, 0.3], schedule="blocks", example_inputs=batch[:2])
     idle.meta["idlefx"] = other.conversion
     with pytest.raises(ValueError, match="tokens work where 11 should"):
-        verdict(model, table, idle, batch)
+        verdict(model, blocks, idle, batch)
 
 
 def test_other_choice_fails(case):
-    model, table, _, batch = case
+    model, blocks, _, batch = case
     idle = convert(model, [1, 3], [0.5, 0.25], schedule="blocks", selector="norm", example_inputs=batch[:2])
-    found = survey.compare(model, idle, table, batch)
+    found = comparisons.compare(model, idle, blocks, batch)
     assert found.error <= survey.TOLERANCE
     assert "chooses other tokens" in survey._value_failure(0.0, found)
 
 
 def test_prefix_token_that_idles_fails(case):
-    model, table, _, batch = case
+    model, blocks, _, batch = case
     idle = convert(model, [1], [0.5], schedule="blocks", prefix=0, example_inputs=batch[:2])
     with pytest.raises(ValueError, match="a prefix token idles"):
-        verdict(model, table, idle, batch)
+        verdict(model, blocks, idle, batch)
+
+
+@pytest.fixture
+def following():
+    """A model, its conversion with stages that follow, its table, and batches."""
+    model = PLAIN()
+    batches = [small.images(model, 3, seed=seed) for seed in range(3)]
+    idle = convert(model, [1, 3], [0.5, 0.25], idle="follow", example_inputs=batches[0])
+    return model, idle, inspect(model, batches[0]), batches
+
+
+def followed(*case):
+    return survey._following_failure(comparisons.compare_following(*case))
+
+
+def test_following_that_is_right_passes_and_other_weights_fail(following):
+    assert followed(*following) == ""
+    with torch.no_grad():
+        following[1].get_parameter("blocks.2.mlp.fc2.bias")[0] += 1e-2
+    assert "following differs from its reference" in followed(*following)
+
+
+def test_other_groups_fail(following):
+    model, idle, blocks, batches = following
+    other = convert(model, [1, 3], [0.6, 0.25], idle="follow", example_inputs=batches[0])
+    idle.meta["idlefx"] = other.conversion
+    assert followed(model, idle, blocks, batches) == "groups tokens in another way than the rule"
+
+
+def test_near_ties_are_passed_over_and_counted(following, monkeypatch):
+    monkeypatch.setattr(comparisons, "CLEAR", math.inf)
+    passed = comparisons.compare_following(*following)
+    assert (passed.error, passed.ties, survey._following_failure(passed)) == (None, 3, "")
+    assert survey._following_note(passed) == "following not compared: near ties on all 3 batches"
+    row = survey.Row("some", "test", 4, 4, 0.0, 1e-7, None, 3)
+    assert "compared for 0 models; 3 batches were passed over for near ties" in table.render([row])
+
+
+def test_what_the_reference_cannot_do_is_said(following, monkeypatch):
+    def cannot(*_):
+        raise ValueError("something writes the stream")
+
+    monkeypatch.setattr(comparisons.following, "run", cannot)
+    told = comparisons.compare_following(*following)
+    assert survey._following_note(told) == "following not compared: something writes the stream"
 
 
 def test_keeping_all_must_be_exact():
-    assert "1e-09" in survey._value_failure(1e-9, survey.Comparison(0.0, 0.0))
+    assert "1e-09" in survey._value_failure(1e-9, comparisons.Comparison(0.0, 0.0))
 
 
 def test_what_is_not_a_number_fails():
-    nan = survey.largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")]))
-    assert "differs" in survey._value_failure(0.0, survey.Comparison(nan, 0.0))
+    nan = comparisons.largest_difference(torch.ones(2), torch.tensor([1.0, float("nan")]))
+    assert "differs" in survey._value_failure(0.0, comparisons.Comparison(nan, 0.0))
 
 
 @torch.no_grad()
@@ -197,7 +243,7 @@ def test_command_refuses(arguments, words, capsys):
 
 def documented():
     """The rows of the table in the documents."""
-    return [row for row in documents.rows() if len(row) == 8 and re.match("timm|transformers|torchvision", row[1])]
+    return [row for row in documents.rows() if len(row) == 9 and re.match("timm|transformers|torchvision", row[1])]
 
 
 def test_documents_hold_the_table():
