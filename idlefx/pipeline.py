@@ -41,7 +41,7 @@ Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 
 SPELL: tuple[Pass, ...] = (lower_spellings, normalize_attention)
 REST: tuple[Pass, ...] = (select_tokens, idle_tokens, shorten_query)
-FOLLOW: tuple[Pass, ...] = (form_groups, follow_workers)
+FOLLOW: tuple[Pass, ...] = (form_groups, follow_workers, shorten_query)
 REST_WITH_LOSS: tuple[Pass, ...] = (select_tokens, add_cut_loss, idle_tokens, shorten_query)
 
 

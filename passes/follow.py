@@ -9,6 +9,7 @@
 5. The dense blocks are removed, once all are rewritten: until then the positions of the others look unread.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,19 +96,18 @@ class _Stage:
     def _dims(self) -> tuple[int, int]:
         return self._block.token_dim, self._block.batch_dim
 
-    @property
-    def _groups(self) -> tuple[fx.Node, fx.Node, fx.Node]:
-        return self._made("index"), self._made("place"), self._made("followers")
-
     def _made(self, role: Role) -> fx.Node:
         return only_made_for(self.graph, self._block.index, role)
 
     def _average(self, stream: fx.Node) -> fx.Node:
-        given = (stream, *self._groups, self._made("sizes"), *self._dims)
-        return self._add(self._block, following.average_groups, *given, name="means", role="gather")
+        given = (stream, self._made("index"), self._made("order"), self._made("leaders"), *self._dims)
+        averages = self._add(self._block, following.average_groups, *given, name="averages", role="gather")
+        self._add(self._block, operator.getitem, averages, 1, name="sizes", role="sizes")
+        return self._add(self._block, operator.getitem, averages, 0, name="means", role="gather")
 
     def _restore(self, block: Block, entry: fx.Node, means: fx.Node, stream: fx.Node) -> fx.Node:
-        given = (entry, means, stream, *self._groups, *self._dims)
+        groups = (self._made("index"), self._made("place"), self._made("order"), self._made("leaders"))
+        given = (entry, means, stream, *groups, *self._dims)
         return self._add(block, following.restore_tokens, *given, name="restored", role="scatter")
 
     def _work(self, block: Block, dense: Opened, stream: fx.Node) -> fx.Node:

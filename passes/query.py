@@ -2,14 +2,15 @@
 
 1. The linear layer of a query takes over the norm in front of it and the sum that makes the class token: on a GPU one
    kernel, which need not wait until the other tokens are added up or put back.
-2. Leading prefix tokens lead among the worked tokens too: other slices of them are taken there.
+2. Leading prefix tokens lead among the worked tokens too, and nobody follows them: other slices of them are taken
+   there.
 """
 
 import torch
 from torch import fx
 
 from idlefx.graph.build import add_call
-from idlefx.graph.notes import made_for, note_of, only_made_for
+from idlefx.graph.notes import made_for, note_of
 from idlefx.graph.queries import argument, remove_dead, tensor_argument
 from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Plan
@@ -19,17 +20,17 @@ aten = torch.ops.aten
 
 
 def shorten_query(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Rewrite what the heads of the plan's blocks read; those blocks must idle already (`idle`)."""
+    """Rewrite what the heads of the plan's blocks read; those blocks must idle already (`idle`, `follow`)."""
     graph = module.graph
     blocks = [plan.blocks[step.block] for step in plan if step.idles]
-    scatters = {block.index: only_made_for(graph, block.index, "scatter") for block in blocks}
-    leading = {scatters[block.index]: block.leading for block in blocks}
+    scatters = {scatter: block for block in blocks for scatter in made_for(graph, block.index, "scatter")}
+    leading = {scatter: block.leading for scatter, block in scatters.items()}
     for block in blocks:
         for query in made_for(graph, block.index, "query"):
             _take_over(query, leading)
     remove_dead(graph)
-    for block in blocks:
-        _read_worked(scatters[block.index], block)
+    for scatter, block in scatters.items():
+        _read_worked(scatter, block)
     remove_dead(graph)
     return module
 

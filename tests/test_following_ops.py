@@ -3,47 +3,68 @@
 import pytest
 import torch
 
-from idlefx.runtime import following
+from idlefx.runtime import following, nearest, ops
 from tests.oracles import following as reference
 
 PREFIX = (0, 4)
 
 
 def grouped(x, kept=5, prefix=PREFIX, logits=None):
-    anchors = following.anchors(x.shape[1] - len(prefix), kept)
-    workers, place, idlers = following.group_tokens(x, logits, prefix, kept, anchors)
-    return workers, place, idlers, following.group_sizes(place, workers)
+    anchors = nearest.anchors(x.shape[1] - len(prefix), kept)
+    return following.group_tokens(x, logits, prefix, kept, anchors)
+
+
+def averaged(x, groups, dims=(1, 0)):
+    workers, _place, order, leaders = groups
+    return following.average_groups(x, workers, order, leaders, *dims)
 
 
 def test_groups_are_those_of_the_reference():
     torch.manual_seed(0)
     x, logits = torch.randn(8, 20, 6), torch.randn(8, 20)
-    workers, place, idlers, sizes = grouped(x, logits=logits)
+    workers, place, order, leaders = groups = grouped(x, logits=logits)
+    _means, sizes = averaged(x, groups)
     expected = reference.group(x, logits.softmax(-1), 5, PREFIX)
     assert torch.equal(workers.gather(1, place), expected.leaders)
-    assert torch.equal(sizes, reference.sizes_of(expected.leaders).gather(1, workers).long())
-    everyone = torch.cat([workers, idlers], 1).sort(1).values
+    assert torch.equal(sizes, reference.sizes_of(expected.leaders).gather(1, workers).float())
+    assert torch.equal(leaders, place.gather(1, order[:, 7:]))
+    assert torch.equal(order[:, :7], workers)
+    everyone = order.sort(1).values
     assert torch.equal(everyone, torch.arange(20).expand(8, -1))
 
 
 def test_anchors_are_spread_by_the_golden_ratio():
-    for tokens in (2, 3, 16, 49, 196, 1369, 4096):
-        for kept in {1, 2, tokens // 3 + 1, tokens // 2, tokens - 1}:
-            count, bound = following.anchors(tokens, kept)
-            ranks = torch.arange(tokens)
-            ours = (ranks * following.GOLDEN % following.WHOLE < bound).nonzero().flatten()
-            assert len(ours) == count and ours.tolist() == reference.anchors(tokens, kept)
+    for tokens in (*range(1, 60), 196, 256, 1024, 1369, 4096):
+        for kept in {1, tokens // 3 + 1, tokens // 2 + 1, tokens}:
+            spread = nearest.anchors(tokens, kept)
+            for prefix in ((), (0,), (1, 2)):
+                positions = torch.arange(tokens + len(prefix))
+                ours = nearest.are_anchors(positions, prefix, spread) & ~ops.are_prefix(positions, prefix)
+                image = [p for p in positions.tolist() if p not in prefix]
+                assert spread[0] == ours.sum()
+                assert ours.nonzero().flatten().tolist() == [image[rank] for rank in reference.anchors(tokens, kept)]
+
+
+@pytest.mark.parametrize("prefix", [(), (0, 1), (2, 5)])
+def test_likeness_is_that_to_the_nearest_anchor(prefix):
+    torch.manual_seed(0)
+    unit = torch.nn.functional.normalize(torch.randn(3, 40 + len(prefix), 5), dim=-1)
+    image = [p for p in range(unit.shape[1]) if p not in prefix]
+    cosines = unit @ unit[:, [image[rank] for rank in reference.anchors(40, 21)]].mT
+    likeness = nearest.likeness_to_anchors(unit, prefix, nearest.anchors(40, 21))
+    assert torch.allclose(likeness, cosines.amax(-1), atol=1e-6)
 
 
 def test_among_equal_tokens_the_first_idle_and_the_first_is_followed():
-    workers, place, idlers, _sizes = grouped(torch.ones(1, 8, 4), kept=2, prefix=())
-    assert workers.tolist() == [[0, 7]] and idlers.tolist() == [[1, 2, 3, 4, 5, 6]]
+    workers, place, order, _leaders = grouped(torch.ones(1, 8, 4), kept=2, prefix=())
+    assert workers.tolist() == [[0, 7]] and order.tolist() == [[0, 7, 1, 2, 3, 4, 5, 6]]
     assert place.tolist() == [[0, 0, 0, 0, 0, 0, 0, 1]]
 
 
 def test_one_worker_is_followed_by_all_but_the_prefix():
-    workers, _, _, sizes = grouped(torch.randn(2, 9, 4), kept=1)
-    assert workers.tolist() == [[0, 1, 4]] * 2 and sizes.tolist() == [[1, 7, 1]] * 2
+    x = torch.randn(2, 9, 4)
+    groups = grouped(x, kept=1)
+    assert groups[0].tolist() == [[0, 1, 4]] * 2 and averaged(x, groups)[1].tolist() == [[1, 7, 1]] * 2
 
 
 @pytest.mark.parametrize("dims", [(1, 0), (0, 1)])
@@ -53,9 +74,9 @@ def test_means_and_what_is_handed_back(dims):
     groups = grouped(x)
     leaders = groups[0].gather(1, groups[1])
     laid_out = x if dims == (1, 0) else x.transpose(0, 1)
-    means = following.average_groups(laid_out, *groups, *dims)
+    means, _sizes = averaged(laid_out, groups, dims)
     after = torch.randn(means.shape)
-    back = following.restore_tokens(laid_out, means, after, *groups[:3], *dims)
+    back = following.restore_tokens(laid_out, means, after, *groups, *dims)
     means, after, back = (t if dims == (1, 0) else t.transpose(0, 1) for t in (means, after, back))
     for image in range(3):
         for place, worker in enumerate(groups[0][image].tolist()):
@@ -70,8 +91,8 @@ def test_gradients_are_those_of_the_formula():
     groups = grouped(x.detach())
 
     def through(x):
-        means = following.average_groups(x, *groups)
-        return following.restore_tokens(x, means, means.sin(), *groups[:3])
+        means, _sizes = averaged(x, groups)
+        return following.restore_tokens(x, means, means.sin(), *groups)
 
     assert torch.autograd.gradcheck(through, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(through, x)
@@ -81,8 +102,8 @@ def test_sums_of_half_precision_are_made_in_single():
     x = torch.full((1, 300, 2), 1.0, dtype=torch.bfloat16)
     x[:, ::2] = 1.0078125  # the next number in half precision
     groups = grouped(x, kept=1, prefix=())
-    means = following.average_groups(x, *groups)
-    assert means.dtype == torch.bfloat16 and groups[3].tolist() == [[300]]
+    means, sizes = averaged(x, groups)
+    assert means.dtype == torch.bfloat16 and sizes.tolist() == [[300]]
     assert means[0, 0, 0].item() in (1.0, 1.0078125)  # 300 of them summed in half precision stop at 256
 
 

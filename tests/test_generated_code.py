@@ -92,9 +92,13 @@ def test_between_the_blocks_of_a_following_stage_nothing_is_launched_but_what_de
     for part in inside:
         assert (len(launches(part)), len(calls(part))) == (len(launches(dense)), 4)
     assert len(inside) == 1
-    # To open a stage: choice, groups and means; to end it: nothing, as tokens are restored where they are normed.
+    # To open a stage: the class token's query and what that looks for, norms and scores of all tokens, their likeness
+    # to anchors, the choice, whom the idle ones follow, the means, and the sizes as a mask. To end it: nothing, as
+    # tokens are restored where they are normed.
     opening = before.rpartition("torch.ops.aten._scaled_dot_product_flash_attention.default(")[2]
-    assert len(launches(opening)) <= len(launches(dense)) + 12
+    products = [name for name in launches(opening) if name.startswith("norm_linear")]
+    assert len(launches(opening)) + len(calls(opening)) <= len(launches(dense)) + 4 + 8
+    assert (len(products), len(calls(opening))) == (1, 4 + 1)
     assert len(launches(after)) == 3 and "tl.atomic" not in codes["following"]
 
 

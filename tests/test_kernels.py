@@ -43,20 +43,36 @@ def test_query_is_the_same_up_to_rounding(differences):
         assert differences["right"]["queries"][kind] < bound < differences["wrong"]["queries"][kind]
 
 
+def test_groups_are_the_same_up_to_rounding(differences):
+    bounds = {"leaders": 0, "places": 0, "cosines": 0, "means": 2e-3, "sizes": 0}
+    for name, bound in bounds.items():
+        assert differences["right"]["groups"][name] <= bound < differences["wrong"]["groups"][name]
+
+
+REST, FOLLOW = ["norm_linear", "choose_tokens"], ["norm_linear", "likeness_to_anchors", "nearest_workers"]
+
+
 @pytest.mark.parametrize(
-    ("gradients", "wanted"), [(False, ["norm_linear", "choose_tokens"]), (True, ["choose_tokens"])]
+    ("idle", "gradients", "wanted"),
+    [
+        ("rest", False, REST),
+        ("rest", True, REST[1:]),
+        ("follow", False, [*FOLLOW, "average_groups"]),
+        ("follow", True, FOLLOW[1:]),
+    ],
 )
-def test_compiler_sees_them_in_one_graph_for_all_batches(gradients, wanted, monkeypatch):
+def test_compiler_sees_them_in_one_graph_for_all_batches(idle, gradients, wanted, monkeypatch):
     model = small.build("vit")
-    idle, x = idlefx.convert(model, [1, 2], 0.5), small.images(model, 4)
+    idle, x = idlefx.convert(model, [1, 2], 0.5, idle=idle, schedule="blocks"), small.images(model, 4)
     expected, seen = idle(x), []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        seen.extend(node.target.__name__ for node in graph.graph.nodes if "idlefx" in str(node.target))
+        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        seen.extend(target.__name__ for target in called if "idlefx" in str(target))
         return lambda *_: (expected,)
 
     ops.load_kernels()
-    monkeypatch.setattr(ops, "_runs_kernels", lambda _: ops._fusing)
+    monkeypatch.setattr(ops, "runs_kernels", lambda _: ops._fusing)
     with torch.set_grad_enabled(gradients):
         torch.compile(idle, backend=backend, fullgraph=True, dynamic=True)(x)
     assert seen == wanted * sum(step.idles for step in idle.plan)
@@ -98,3 +114,25 @@ def test_query_can_be_built(kind, width, warps, optional):
     tiles = {"WIDTH": width, "BLOCK": block, "IMAGES": 16, "FEATURES": 64, "OUTPUTS": 32}
     missing = {"residual", "norm_bias", "bias"} - types.keys()
     assert build(triton_kernels.norm_linear_kernel, types, {**tiles, **dict.fromkeys(missing)}, num_warps=warps)
+
+
+TILES = {"WIDTH": 384, "ROWS": 16, "OTHERS": 32, "FEATURES": 64}
+
+
+def test_likeness_to_anchors_can_be_built():
+    types = {"unit": "*fp32", "cosine": "*fp32", **typed("tokens compared count leading back modulus", "i32")}
+    missing: dict[str, object] = dict.fromkeys(("order", "leaders", "place"))
+    assert build(triton_kernels.nearest_kernel, types, {**TILES, **missing}, num_warps=4)
+
+
+def test_nearest_workers_can_be_built():
+    types = {"unit": "*fp32", **typed("order leaders place", "*i64"), **typed("tokens compared count leading", "i32")}
+    constants: dict[str, object] = {**TILES, "cosine": None, "back": 1, "modulus": 1}
+    assert build(triton_kernels.nearest_kernel, types, constants, num_warps=4)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
+def test_means_of_groups_can_be_built(kind):
+    types = {**typed("x means", f"*{kind}"), **typed("order leaders", "*i64"), "sizes": "*fp32"}
+    types |= typed("x_image x_token working idle", "i32")
+    assert build(triton_kernels.average_kernel, types, {**TILES, "x_feature": 1}, num_warps=4)

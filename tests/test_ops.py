@@ -102,7 +102,7 @@ def kernels(monkeypatch):
         raise failing.error
 
     monkeypatch.setattr(ops, "_without_kernels", ())
-    monkeypatch.setattr(ops, "_runs_kernels", lambda x: x.device.index not in ops._without_kernels)
+    monkeypatch.setattr(ops, "runs_kernels", lambda x: x.device.index not in ops._without_kernels)
     monkeypatch.setattr(ops, "triton_ops", SimpleNamespace(MOST_TOKENS=10))
     monkeypatch.setattr(ops, "choose_tokens_in_one", fail)
     return failing

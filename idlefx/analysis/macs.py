@@ -70,14 +70,16 @@ def _logits(node: fx.Node) -> int:
 def _grouping(node: fx.Node) -> int:
     """The likeness of all tokens to the anchors, and that of the idle ones to the workers."""
     told: Any = node.args[2:]
-    (_, tokens, width), (prefix, kept, (anchors, _)) = _shape(node.args[0]), told
-    workers = len(prefix) + kept
-    return int(width * (tokens * anchors + (tokens - workers) * workers))
+    (_, tokens, width), (prefix, kept, (_, anchors, *_)) = _shape(node.args[0]), told
+    idle, workers = tokens - len(prefix) - kept, kept if ops.leads(prefix) else len(prefix) + kept
+    return int(width * (tokens * anchors + idle * workers))
 
 
 def _averages(node: fx.Node) -> int:
     """The sum of the idle tokens in each group, as a product."""
-    return _size(node) * _shape(node.args[3])[1]
+    tokens, workers, _, leaders, *_ = node.args
+    dims: Any = node.args[4:]
+    return math.prod(_shape(tokens)) // _shape(tokens)[dims[0]] * _shape(workers)[1] * _shape(leaders)[1]
 
 
 def _shape(node: Any) -> list[int]:

@@ -9,31 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from idlefx.runtime import ops
 from idlefx.runtime.gather_scatter import IN_EAGER, rows, take_tokens, with_gradient
-from idlefx.runtime.ops import are_prefix, descending
+from idlefx.runtime.nearest import Anchors, are_anchors, likeness_to_anchors, nearest_workers
 
-GOLDEN, WHOLE = 2654435769, 2**32  # the golden ratio in whole numbers: multiples of it are spread evenly in the circle
 ATTENDED = 0.1  # how much redundancy a token loses that the class token attends to as much as to the mean one
 
 
-def anchors(tokens: int, kept: int) -> tuple[int, int]:
-    """Which of M image tokens always work: those whose rank has a multiple of the golden ratio below a bound.
-
-    Args:
-        tokens: M, image tokens there are.
-        kept: K, image tokens that work.
-
-    Returns:
-        How many anchors there are, `min(⌈M / 6⌉, ⌈K / 3⌉)`, and the bound of `rank * GOLDEN % WHOLE`.
-    """
-    count = min(math.ceil(tokens / 6), math.ceil(kept / 3))
-    places = sorted(rank * GOLDEN % WHOLE for rank in range(tokens))
-    return count, places[count] if count < tokens else WHOLE
-
-
 def group_tokens(
-    x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], kept: int, spread: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, logits: Tensor | None, prefix: tuple[int, ...], kept: int, anchors: Anchors
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose the tokens that work, and for each other one the worker that it follows.
 
     Those image tokens idle that are most redundant: most like an anchor by cosine, and little attended to by the class
@@ -45,65 +30,57 @@ def group_tokens(
         logits: Logits of the class token (B, N), scaled as in its attention and up to a constant; None without one.
         prefix: Positions of the P prefix tokens, which work and are followed by nobody.
         kept: K, how many image tokens work; W = P + K.
-        spread: What `anchors` says of them; they always work.
+        anchors: From `nearest.anchors`; they always work.
 
     Returns:
-        Positions of the workers, ascending (B, W); for each token the place of its worker among these (B, N); and the
-        positions of the idle tokens, ascending (B, I).
+        Positions of the workers, ascending (B, W); for each token the place of its worker among these (B, N);
+        positions of the workers and then of the idle tokens, ascending (B, N); and for each idle one the place of its
+        worker (B, I).
     """
     precision = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         unit = torch.nn.functional.normalize(x.to(precision), dim=-1)
         count, positions = x.shape[1], torch.arange(x.shape[1], device=x.device)
-        fixed, (anchor_count, bound) = are_prefix(positions, prefix), spread
-        turns = ((1 - fixed.to(positions.dtype)).cumsum(0) - 1) * GOLDEN % WHOLE
-        working = torch.where(fixed, -1, turns) < bound
-        anchored = torch.where(fixed, WHOLE, turns).argsort().narrow(0, 0, anchor_count)
-        likeness = (unit @ take_tokens(unit, anchored.expand(x.shape[0], -1)).mT).amax(-1)
-        redundancy = likeness
+        working = ops.are_prefix(positions, prefix) | are_anchors(positions, prefix, anchors)
+        redundancy = likeness_to_anchors(unit, prefix, anchors)
         if logits is not None:
             attention = logits.to(precision).masked_fill(working, -math.inf).softmax(-1)
-            redundancy = likeness - ATTENDED * attention * (count - len(prefix) - anchor_count)
-        order = descending(redundancy.masked_fill(working, -math.inf))
+            redundancy = redundancy - ATTENDED * attention * (count - len(prefix) - anchors[0])
+        order = ops.descending(redundancy.masked_fill(working, -math.inf))
         idle = count - len(prefix) - kept
-        order = torch.where(positions < idle, order + count, order).sort(dim=1).values
-        workers, idlers = order.narrow(1, 0, count - idle), order.narrow(1, count - idle, idle) - count
-        cosines = take_tokens(unit, idlers) @ take_tokens(unit, workers).mT
-        cosines = cosines.masked_fill(are_prefix(workers, prefix).unsqueeze(1), -math.inf)
-        slots = (order % count).argsort(dim=1)
-        works = slots < count - idle
-        place = torch.where(works, slots, cosines.argmax(-1).gather(1, (slots - count + idle).clamp(min=0)))
-    return workers, place, idlers
-
-
-def group_sizes(place: Tensor, workers: Tensor) -> Tensor:
-    """How many tokens each worker stands for, itself included (B, W)."""
-    slots = torch.arange(workers.shape[1], device=place.device)
-    return (place.unsqueeze(1) == slots.unsqueeze(1)).sum(-1)
+        order = torch.where(positions < idle, order + count, order).sort(dim=1).values % count
+        leaders, place = nearest_workers(unit, order, count - idle, prefix)
+    return order.narrow(1, 0, count - idle), place, order, leaders
 
 
 def average_groups(
-    x: Tensor, workers: Tensor, place: Tensor, idlers: Tensor, sizes: Tensor, dim: int = 1, batch_dim: int = 0
-) -> Tensor:
-    """The mean of each group of tokens.
+    x: Tensor, workers: Tensor, order: Tensor, leaders: Tensor, dim: int = 1, batch_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The mean of each group of tokens, and how many there are of them.
 
     Args:
         x: All tokens along `dim`, such as (B, N, C).
         workers: Positions (B, W).
-        place: For each token the place of its worker (B, N).
-        idlers: Positions of the idle tokens (B, I).
-        sizes: How many tokens each group has (B, W).
+        order: Positions of the workers and then of the idle tokens (B, N).
+        leaders: For each idle one the place of its worker (B, I).
         dim: The token dimension.
         batch_dim: The batch dimension.
 
     Returns:
-        `x` with W entries along `dim`, summed in single precision or better.
+        `x` with W entries along `dim`, summed in single precision or better; and the sizes of the groups (B, W).
     """
     full = list(x.shape)
-    full[batch_dim] = place.shape[0]
+    full[batch_dim] = workers.shape[0]
     tokens = x.expand(full).movedim((batch_dim, dim), (0, 1))
-    means = _sums(tokens, workers, place, idlers) / sizes.unsqueeze(-1)
-    return means.to(x.dtype).movedim((0, 1), (batch_dim, dim))
+    if not torch.is_grad_enabled() and ops.runs_kernels(tokens):
+        try:
+            means, sizes = torch.ops.idlefx.average_groups(tokens, order, leaders)
+            return means.movedim((0, 1), (batch_dim, dim)), sizes
+        except ops.BUILD_ERRORS as error:
+            ops.do_without(tokens.device, error)
+    sizes = 1 + _followed(workers, leaders, torch.float32).sum(-1)
+    means = _sums(tokens, workers, order, leaders) / sizes.unsqueeze(-1)
+    return means.to(x.dtype).movedim((0, 1), (batch_dim, dim)), sizes
 
 
 def size_term(sizes: Tensor, like: Tensor, rank: int, dim: int, batch_dim: int, copies: int = 1) -> Tensor:
@@ -134,7 +111,8 @@ def restore_tokens(
     after: Tensor,
     workers: Tensor,
     place: Tensor,
-    idlers: Tensor,
+    order: Tensor,
+    leaders: Tensor,
     dim: int = 1,
     batch_dim: int = 0,
 ) -> Tensor:
@@ -146,23 +124,30 @@ def restore_tokens(
         after: The same as they came out.
         workers: Positions (B, W).
         place: For each token the place of its worker (B, N).
-        idlers: Positions of the idle tokens (B, I).
+        order: Positions of the workers and then of the idle tokens (B, N).
+        leaders: For each idle one the place of its worker (B, I).
         dim: The token dimension of the first three.
         batch_dim: Their batch dimension.
     """
     tokens, means, results = (t.movedim((batch_dim, dim), (0, 1)) for t in (x, before, after))
     precision = torch.promote_types(x.dtype, torch.float32)
-    update = with_gradient(_Spread, results.to(precision) - means.to(precision), workers, place, idlers)
+    update = with_gradient(_Spread, results.to(precision) - means.to(precision), workers, place, order, leaders)
     return (tokens + update).to(x.dtype).movedim((0, 1), (batch_dim, dim))
 
 
-def _sums(x: Tensor, workers: Tensor, place: Tensor, idlers: Tensor) -> Tensor:
+def _followed(workers: Tensor, leaders: Tensor, kind: torch.dtype) -> Tensor:
+    """A one where an idle token follows a worker (B, W, I)."""
+    slots = torch.arange(workers.shape[1], device=workers.device)
+    return (slots.unsqueeze(1) == leaders.unsqueeze(1)).to(kind)
+
+
+def _sums(x: Tensor, workers: Tensor, order: Tensor, leaders: Tensor) -> Tensor:
     """The sum of each group (B, W, C), by a product instead of atomic additions, so that it is always the same."""
     precision = torch.promote_types(x.dtype, torch.float32)
-    slots = torch.arange(workers.shape[1], device=x.device)
-    follows = slots.unsqueeze(1) == place.gather(1, idlers).unsqueeze(1)
     with torch.autocast(x.device.type, enabled=False):
-        return take_tokens(x, workers) + follows.to(precision) @ take_tokens(x, idlers).to(precision)
+        idlers = order.narrow(1, workers.shape[1], leaders.shape[1])
+        followed = _followed(workers, leaders, precision)
+        return take_tokens(x, workers) + followed @ take_tokens(x, idlers).to(precision)
 
 
 class _Spread(torch.autograd.Function):
@@ -171,7 +156,7 @@ class _Spread(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(update: Tensor, workers: Tensor, place: Tensor, idlers: Tensor) -> Tensor:
+    def forward(update: Tensor, workers: Tensor, place: Tensor, order: Tensor, leaders: Tensor) -> Tensor:
         return rows(update, place, 1)
 
     @staticmethod
@@ -181,9 +166,9 @@ class _Spread(torch.autograd.Function):
         ctx.save_for_forward(*groups)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        workers, place, idlers = ctx.saved_tensors
-        return _sums(grad, workers, place, idlers).to(grad.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        workers, _, order, leaders = ctx.saved_tensors
+        return _sums(grad, workers, order, leaders).to(grad.dtype), None, None, None, None
 
 
 class _SpreadInEager(_Spread):
@@ -191,7 +176,7 @@ class _SpreadInEager(_Spread):
 
     @staticmethod
     def jvp(ctx: Any, update: Tensor, *_: Any) -> Tensor:
-        _, place, _ = ctx.saved_tensors
+        _, place, *_ = ctx.saved_tensors
         return rows(update, place, 1)
 
 

@@ -18,7 +18,7 @@ from idlefx.errors import first_line
 triton_ops: Any = None  # the operators with Triton kernels, once they are loaded
 _fusing = False
 _without_kernels: tuple[int | None, ...] = ()  # devices, by index, for which Triton could not build them
-_BUILD_ERRORS = (ImportError, OSError, RuntimeError, CalledProcessError)
+BUILD_ERRORS = (ImportError, OSError, RuntimeError, CalledProcessError)
 
 
 def load_kernels() -> None:
@@ -63,11 +63,11 @@ def choose_tokens(
         Positions (B, P + K) of those that work, ascending; and for each token where it stands, first those that work
         and then those that idle (B, N).
     """
-    if _runs_kernels(scores) and scores.shape[1] <= triton_ops.MOST_TOKENS:
+    if runs_kernels(scores) and scores.shape[1] <= triton_ops.MOST_TOKENS:
         try:
             return choose_tokens_in_one(scores, prefix, kept, among)
-        except _BUILD_ERRORS as error:
-            _do_without(scores.device, error)
+        except BUILD_ERRORS as error:
+            do_without(scores.device, error)
     if among is not None:
         scores = _ranks(scores, among)
     # Everything is a sort, a scan or pointwise over whole rows, so that a compiler makes one kernel of it.
@@ -82,7 +82,7 @@ def choose_tokens_in_one(
     scores: Tensor, prefix: tuple[int, ...], kept: int, among: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same as `choose_tokens`, in one kernel of a GPU."""
-    role = None if among is None and _leads(prefix) else _roles(scores, prefix, among)
+    role = None if among is None and leads(prefix) else _roles(scores, prefix, among)
     found: tuple[Tensor, Tensor] = torch.ops.idlefx.choose_tokens(
         scores.detach(), role, len(prefix), kept, len(prefix) + kept
     )
@@ -115,15 +115,15 @@ def norm_linear(
         The layer's output (B, D).
     """
     infers = not (torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type))
-    if infers and norm_weight is not None and _runs_kernels(weight):
+    if infers and norm_weight is not None and runs_kernels(weight):
         needed = [t for t in (*addends, norm_weight, norm_bias, weight, bias) if t is not None]
         if all(t.dtype == weight.dtype and t.stride(-1) == 1 for t in needed):
             given = (addends, position, dim, norm_weight, norm_bias, epsilon, weight, bias)
             try:
                 out: Tensor = torch.ops.idlefx.norm_linear(*given)
                 return out
-            except _BUILD_ERRORS as error:
-                _do_without(weight.device, error)
+            except BUILD_ERRORS as error:
+                do_without(weight.device, error)
     x = reduce(add, (part.select(dim, position) for part in addends))
     return linear(layer_norm(x, x.shape[-1:], norm_weight, norm_bias, epsilon), weight, bias)
 
@@ -155,13 +155,14 @@ def mean_over_heads(sums: list[Tensor], heads: int) -> Tensor:
     return reduce(add, sums) / heads
 
 
-def _runs_kernels(x: Tensor) -> bool:
+def runs_kernels(x: Tensor) -> bool:
+    """Whether the kernels of Triton can serve a tensor."""
     fits = _fusing and x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     able = fits and torch.cuda.get_device_properties(x.device).major >= 8  # older ones have no bfloat16
     return able and x.device.index not in _without_kernels
 
 
-def _do_without(device: torch.device, error: Exception) -> None:
+def do_without(device: torch.device, error: Exception) -> None:
     """Use no kernels on this device from now on, as Triton cannot build them; a fault of a kernel itself is raised."""
     global _without_kernels
     if isinstance(error, RuntimeError) and "compiler" not in str(error):
@@ -171,7 +172,8 @@ def _do_without(device: torch.device, error: Exception) -> None:
     warnings.warn(f"{words}: {first_line(error)}", stacklevel=3)
 
 
-def _leads(prefix: tuple[int, ...]) -> bool:
+def leads(prefix: tuple[int, ...]) -> bool:
+    """Whether prefix tokens stand in front of all others."""
     return prefix == tuple(range(len(prefix)))
 
 
@@ -184,7 +186,7 @@ def _roles(scores: Tensor, prefix: tuple[int, ...], among: Tensor | None) -> Ten
 
 def are_prefix(positions: Tensor, prefix: tuple[int, ...]) -> Tensor:
     """Which positions are those of prefix tokens."""
-    if _leads(prefix):
+    if leads(prefix):
         return positions < len(prefix)
     return reduce(or_, (positions == p for p in prefix))
 
@@ -224,7 +226,7 @@ def take_rows(weight: Tensor, start: int, groups: int, stride: int, width: int) 
 def mean_tokens(x: Tensor, prefix: tuple[int, ...], dim: int) -> Tensor:
     """The mean over the image tokens along `dim`, which stays as a dimension of one."""
     count = len(prefix)
-    if _leads(prefix):
+    if leads(prefix):
         return x.narrow(dim, count, x.shape[dim] - count).mean(dim, keepdim=True)
     image = torch.tensor([p for p in range(x.shape[dim]) if p not in prefix], device=x.device)
     return x.index_select(dim, image).mean(dim, keepdim=True)

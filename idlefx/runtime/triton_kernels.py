@@ -76,6 +76,84 @@ def norm_linear_kernel(
 
 
 @triton.jit
+def nearest_kernel(
+    unit, order, cosine, leaders, place, tokens, compared, count, leading, back, modulus,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of one image: their products with the others, a few at a time, of which the largest is remembered."""
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    here = row < compared
+    unit += image * tokens * WIDTH
+    token = row.to(tl.int64)
+    if order is not None:
+        order += image * tokens
+        place += image * tokens
+        token = tl.load(order + count + row, mask=here, other=0)
+
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    at_best = tl.full((ROWS,), 0, tl.int32)
+    for start in range(0, count, OTHERS):
+        slot = start + tl.arange(0, OTHERS)
+        if order is not None:
+            other = tl.load(order + slot, mask=slot < count, other=0)
+            tl.store(place + other, slot.to(tl.int64), mask=(slot < count) & (tl.program_id(1) == 0))
+            real = (slot >= leading) & (slot < count)
+        else:
+            rank = slot.to(tl.int64) * back % modulus
+            real = (slot < count) & (rank < tokens - leading)
+            other = tl.where(real, leading + rank, 0)
+        sums = tl.zeros((ROWS, OTHERS), tl.float32)
+        for first in range(0, WIDTH, FEATURES):
+            at = first + tl.arange(0, FEATURES)
+            known = at < WIDTH
+            ours = tl.load(unit + token[:, None] * WIDTH + at[None, :], mask=here[:, None] & known[None, :], other=0.0)
+            theirs = tl.load(
+                unit + other[None, :] * WIDTH + at[:, None], mask=real[None, :] & known[:, None], other=0.0
+            )
+            sums = tl.dot(ours, theirs, sums, input_precision="ieee")
+        sums = tl.where(real[None, :], sums, float("-inf"))
+        highest = tl.max(sums, 1)
+        lowest = tl.min(tl.where(sums == highest[:, None], slot[None, :], count), 1)
+        at_best = tl.where(highest > best, lowest, at_best)
+        best = tl.maximum(best, highest)
+    if order is not None:
+        tl.store(leaders + image * compared + row, at_best.to(tl.int64), mask=here)
+        tl.store(place + token, at_best.to(tl.int64), mask=here)
+    else:
+        tl.store(cosine + image * compared + row, best, mask=here)
+
+
+@triton.jit
+def average_kernel(
+    x, order, leaders, means, sizes, x_image, x_token, x_feature, working, idle,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Some features of some groups of one image: the idle tokens, a few at a time, are added where they follow."""
+    image = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(2) * FEATURES + tl.arange(0, FEATURES)
+    here, known = slot < working, at < WIDTH
+    x += image * x_image + at[None, :] * x_feature
+    order += image * (working + idle)
+    token = tl.load(order + slot, mask=here, other=0)
+    sums = tl.load(x + token[:, None] * x_token, mask=here[:, None] & known[None, :], other=0.0).to(tl.float32)
+    size = tl.full((ROWS,), 1.0, tl.float32)
+    for start in range(0, idle, OTHERS):
+        place = start + tl.arange(0, OTHERS)
+        real = place < idle
+        leader = tl.load(leaders + image * idle + place, mask=real, other=-1)
+        follows = (slot[:, None] == leader[None, :]).to(tl.float32)
+        idler = tl.load(order + working + place, mask=real, other=0)
+        tokens = tl.load(x + idler[:, None] * x_token, mask=real[:, None] & known[None, :], other=0.0).to(tl.float32)
+        sums = tl.dot(follows, tokens, sums, input_precision="ieee")
+        size += tl.sum(follows, 1)
+    place = (image * working + slot)[:, None] * WIDTH + at[None, :]
+    tl.store(means + place, (sums / size[:, None]).to(means.dtype.element_ty), mask=here[:, None] & known[None, :])
+    tl.store(sizes + image * working + slot, size, mask=here & (tl.program_id(2) == 0))
+
+
+@triton.jit
 def _load_sum(x, residual, at, mask):
     """Numbers of the residual stream in single precision, rounded as the stream itself would be."""
     value = tl.load(x + at, mask=mask, other=0.0)

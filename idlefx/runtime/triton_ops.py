@@ -7,10 +7,11 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from idlefx.runtime.triton_kernels import choose_kernel, norm_linear_kernel
+from idlefx.runtime.triton_kernels import average_kernel, choose_kernel, nearest_kernel, norm_linear_kernel
 
 MOST_TOKENS = 16384  # one program holds the scores of an image
 IMAGES, FEATURES, OUTPUTS = 16, 64, 32  # what a program of `norm_linear` holds at a time
+ROWS, OTHERS = 16, 32  # how many tokens a program of the kernels of groups compares or adds up with how many
 
 
 @triton_op("idlefx::choose_tokens", mutates_args=())
@@ -61,3 +62,52 @@ def norm_linear(
             num_warps=4 if block <= 512 else 8,
         )  # fmt: skip
     return out
+
+
+@triton_op("idlefx::likeness_to_anchors", mutates_args=())
+def likeness_to_anchors(unit: Tensor, leading: int, bound: int, back: int, modulus: int) -> Tensor:
+    """See `nearest.likeness_to_anchors`; the prefix tokens lead, and tokens are of 32 bits."""
+    images, tokens, width = unit.shape
+    unit = unit.contiguous()
+    cosine = torch.empty((images, tokens), dtype=unit.dtype, device=unit.device)
+    with torch.cuda.device_of(unit):
+        wrap_triton(nearest_kernel)[(images, triton.cdiv(tokens, ROWS))](
+            unit, None, cosine, None, None, tokens, tokens, bound, leading, back, modulus,
+            WIDTH=width, ROWS=ROWS, OTHERS=OTHERS, FEATURES=FEATURES, num_warps=4,
+        )  # fmt: skip
+    return cosine
+
+
+@triton_op("idlefx::nearest_workers", mutates_args=())
+def nearest_workers(unit: Tensor, order: Tensor, working: int, leading: int) -> tuple[Tensor, Tensor]:
+    """See `nearest.nearest_workers`; the prefix tokens lead, and tokens are of 32 bits."""
+    images, tokens, width = unit.shape
+    unit, order = unit.contiguous(), order.contiguous()
+    leaders = torch.empty((images, tokens - working), dtype=torch.int64, device=unit.device)
+    place = torch.empty((images, tokens), dtype=torch.int64, device=unit.device)
+    with torch.cuda.device_of(unit):
+        wrap_triton(nearest_kernel)[(images, triton.cdiv(tokens - working, ROWS))](
+            unit, order, None, leaders, place, tokens, tokens - working, working, leading, 1, 1,
+            WIDTH=width, ROWS=ROWS, OTHERS=OTHERS, FEATURES=FEATURES, num_warps=4,
+        )  # fmt: skip
+    return leaders, place
+
+
+@triton_op("idlefx::average_groups", mutates_args=())
+def average_groups(x: Tensor, order: Tensor, leaders: Tensor) -> tuple[Tensor, Tensor]:
+    """See `following.average_groups`; tokens are (B, N, C), in any order in memory.
+
+    Returns:
+        Means (B, W, C) and sizes (B, W).
+    """
+    order, leaders = order.contiguous(), leaders.contiguous()
+    (images, tokens, width), idle = x.shape, leaders.shape[1]
+    working = tokens - idle
+    means = torch.empty((images, working, width), dtype=x.dtype, device=x.device)
+    sizes = torch.empty((images, working), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        wrap_triton(average_kernel)[(images, triton.cdiv(working, ROWS), triton.cdiv(width, FEATURES))](
+            x, order, leaders, means, sizes, *x.stride(), working, idle,
+            WIDTH=width, ROWS=ROWS, OTHERS=OTHERS, FEATURES=FEATURES, num_warps=4,
+        )  # fmt: skip
+    return means, sizes

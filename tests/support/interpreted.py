@@ -9,7 +9,7 @@ import random
 
 import torch
 
-from idlefx.runtime import ops, triton_ops
+from idlefx.runtime import following, nearest, ops, triton_ops
 
 triton_ops.wrap_triton = lambda kernel: kernel  # it takes no interpreted ones before torch 2.15
 KINDS = (torch.float32, torch.float16)  # the interpreter multiplies no bfloat16
@@ -58,7 +58,45 @@ def queries(rounds: int, moved: int = 0) -> dict[str, float]:
     return worst
 
 
+def groups(rounds: int, away: int = 0) -> dict[str, float]:
+    """How many tokens find another worker, and the largest differences of cosines, means and sizes.
+
+    Products are whole numbers, so that several workers are the nearest. With `away`, the first image token is taken for
+    one of the prefix, and all follow the first worker.
+    """
+    draw, worst = random.Random(0), dict.fromkeys(("leaders", "places", "cosines", "means", "sizes"), 0.0)
+    for _ in range(rounds):
+        images, width, leading = draw.randint(1, 3), draw.randint(3, 150), draw.randint(0, 3)
+        image_tokens = draw.randint(2, 90)
+        kept, tokens = draw.randint(1, image_tokens - 1), leading + image_tokens
+        x, unit = torch.randn(images, tokens, width), torch.randint(-2, 3, (images, tokens, width)).float()
+        spread = nearest.anchors(image_tokens, kept)
+        prefix, working = tuple(range(leading)), leading + kept
+        image = torch.stack([torch.randperm(image_tokens) + leading for _ in range(images)])
+        order = torch.cat([torch.arange(leading).expand(images, -1), image], 1)
+        parts = order.split([working, tokens - working], 1)
+        order = torch.cat([part.sort(1).values for part in parts], 1)
+        leaders, place = nearest.nearest_workers(unit, order, working, prefix)
+        x = x.to(draw.choice(KINDS))
+        x = x if draw.random() < 0.5 else x.transpose(0, 1).contiguous().transpose(0, 1)
+        wanted = (
+            leaders, place, nearest.likeness_to_anchors(unit, prefix, spread),
+            *following.average_groups(x, order[:, :working], order, leaders),
+        )  # fmt: skip
+        _, bound, _, back, modulus = spread
+        found = (
+            *torch.ops.idlefx.nearest_workers(unit, order, working, leading + away),
+            torch.ops.idlefx.likeness_to_anchors(unit, leading + away, bound, back, modulus),
+            *torch.ops.idlefx.average_groups(x, order, leaders if not away else leaders * 0),
+        )
+        for name, a, b in zip(worst, wanted, found, strict=True):
+            apart = (a != b).sum() if name in ("leaders", "places") else (a.float() - b.float()).abs().max()
+            worst[name] = max(worst[name], float(apart))
+    return worst
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    right = {"choices": choices(120), "queries": queries(40)}
-    print(json.dumps({"right": right, "wrong": {"choices": choices(20, -1.0), "queries": queries(10, 1)}}))
+    right = {"choices": choices(120), "queries": queries(40), "groups": groups(40)}
+    wrong = {"choices": choices(20, -1.0), "queries": queries(10, 1), "groups": groups(10, 1)}
+    print(json.dumps({"right": right, "wrong": wrong}))
