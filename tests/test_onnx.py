@@ -7,6 +7,7 @@ import torch
 
 import idlefx
 from idlefx.cli.main import main
+from idlefx.cli.onnx_sessions import OnnxSession
 from idlefx.deploy.onnx import _sort
 from idlefx.runtime import ops
 from tests.models.small import build, images
@@ -92,3 +93,37 @@ def test_options_of_an_artifact_are_refused_where_none_is_written(capsys):
     arguments = ["convert", "--model", "test_vit", "--layers", "1", "--dtype", "bfloat16", "--batch", "1", "8"]
     assert main(arguments) == 2
     assert "no artifact is written for --dtype and --batch-size; add --package or --emit" in capsys.readouterr().err
+
+
+COMMAND = ["bench", "--model", f"{__name__}:build_vit", "--layers", "1", "2", "--keep", "0.5", "--seconds", "0"]
+
+
+def build_vit():
+    return build("vit")
+
+
+def test_onnxruntime_is_timed_with_dense_and_idle_packaged_alike(capsys):
+    options = ["--example-shape", "2,3,48,48", "--batch-size", "2", "--idle", "follow", "--baseline", "first"]
+    assert main([*COMMAND, *options, "--runtime", "onnxruntime"]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split()[:3] for line in shown.splitlines() if line.startswith("onnxruntime  ")]
+    assert rows == [["onnxruntime", "2", name] for name in ("dense", "idle", "first")]
+    assert f"onnxruntime {onnxruntime.__version__}" in shown and "Skipped" not in shown
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("idle", ["rest", "follow"])
+def test_session_is_called_like_its_model(idle):
+    model = build("vit")
+    converted = idlefx.convert(model, [1, 2], 0.5, idle=idle)
+    x = images(model, 3)
+    (found,) = OnnxSession(converted, batch=3)(x)
+    assert torch.allclose(torch.from_numpy(found), converted(x), atol=1e-4)
+
+
+def test_what_onnxruntime_cannot_time_is_refused(capsys, monkeypatch):
+    assert main([*COMMAND, "--runtime", "onnxruntime", "--training", "--dtype", "bfloat16"]) == 2
+    assert "float32 on the CPU; leave --training and --dtype out" in capsys.readouterr().err
+    monkeypatch.setattr("idlefx.deploy.onnx.find_spec", lambda name: None if name == "onnxruntime" else name)
+    assert main([*COMMAND, "--runtime", "onnxruntime"]) == 2
+    assert "onnxruntime is not installed; pip install" in capsys.readouterr().err

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 import idlefx
 from idlefx import __main__ as shell
 from idlefx.bench.baselines import make_baseline, open_baselines
+from idlefx.bench.first_tokens import first_tokens
 from idlefx.bench.plot import figure, plot, points
 from idlefx.bench.results import Bench, Timing
 from idlefx.bench.tables import summary
 from idlefx.errors import InputError
+from idlefx.reporting.cost_report import report
+from idlefx.runtime import following
 from tests.models.small import build, images
 from tests.support.cases import Case, convert
 
@@ -152,3 +155,24 @@ def test_shell_draws_the_plot(tmp_path, capsys):
     assert shell.main([*COMMAND, "--plot", str(target)]) == 0
     assert "<svg" in target.read_text()
     assert shell.main([*COMMAND, "--plot", str(tmp_path / "speed.gif")]) == 2
+
+
+def test_first_tokens_bound_what_following_costs(capsys):
+    model, _, x = pair()
+    idle = idlefx.convert(model, [1, 2], 0.5, idle="follow", example_inputs=x)
+    first = first_tokens(idle)
+    products = [torch.ops.aten.linear.default, torch.ops.aten.scaled_dot_product_attention.default]
+    for target in products:
+        shapes = [
+            [node.meta["val"].shape[1:] for node in graph.find_nodes(op="call_function", target=target)][-4:]
+            for graph in (idle.graph, first.model.graph)
+        ]
+        assert shapes[0] == shapes[1]
+    assert report(idle).dense_gmacs > report(idle).idle_gmacs > first.gmacs
+    made = {node.target for node in first.model.graph.nodes}
+    assert made.isdisjoint({following.group_tokens, following.average_groups, following.restore_tokens})
+    assert first.model(x).shape == idle(x).shape and not torch.equal(first.model(x), idle(x))
+    assert shell.main([*COMMAND, "--idle", "follow", "rest", "--baseline", "first"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("of the speed of first, which chooses nothing") == 1
+    assert "Skipped: baseline first: it bounds what following costs" in shown

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idlefx.bench.results import DENSE, EAGER, IDLE, Timing
+from idlefx.bench.results import DENSE, EAGER, IDLE, ONNXRUNTIME, Timing
 from idlefx.bench.timer import WARM_UP, Run, lacks_memory, peak_mib, reclaim, release, time_in_turn
 from idlefx.errors import first_line
 
@@ -89,11 +89,11 @@ class BenchCase:
 
     def _prepare(self, mode: str, name: str, inputs: Any) -> None:
         model = self.models[name]
-        run = model if mode == EAGER else torch.compile(model, dynamic=False, mode=mode)
+        run = model if mode in (EAGER, ONNXRUNTIME) else torch.compile(model, dynamic=False, mode=mode)
         once, resident = self.prepare[name](model, run, inputs)
         for _ in range(WARM_UP):
             once()
-        hidden = self.device.type == "cuda" and mode in REPLAYING
+        hidden = mode == ONNXRUNTIME or (self.device.type == "cuda" and mode in REPLAYING)
         self.peaks[mode, name] = None if hidden else peak_mib(once, self.device, resident)
         self.runs[mode, name] = once
 
@@ -104,5 +104,5 @@ def _reason(error: Exception, mode: str, name: str) -> str:
         return "it does not fit in memory"
     if mode == EAGER and name in (DENSE, IDLE):
         raise error
-    what = "fails" if mode == EAGER else "does not compile"
+    what = "fails" if mode in (EAGER, ONNXRUNTIME) else "does not compile"
     return f"it {what}, {type(error).__name__}: {first_line(error)}"

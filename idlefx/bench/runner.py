@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from idlefx.bench.baselines import Baseline
 from idlefx.bench.case import BenchCase, Prepare
-from idlefx.bench.results import DENSE, EAGER, IDLE, MODES, Bench
+from idlefx.bench.results import DENSE, EAGER, IDLE, MODES, ONNXRUNTIME, Bench
 from idlefx.bench.timer import Run
 from idlefx.bench.train_step import training_step
 from idlefx.capture.inputs import call
@@ -41,6 +42,7 @@ def bench(
     rounds: int | None = None,
     progress: bool = True,
     each: Callable[[Bench], None] | None = None,
+    serve: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Bench:
     """Time the dense and the idling model, call by call in turn, in one warm process.
 
@@ -62,6 +64,7 @@ def bench(
         rounds: How many rounds to measure instead.
         progress: Whether to show a progress bar.
         each: Called with what was found so far after every batch size.
+        serve: Makes of each model what onnxruntime runs, which is timed instead of all modes.
 
     Raises:
         InputError: A batch size is not positive, there is none, a mode is unknown, the device or the number type
@@ -71,14 +74,17 @@ def bench(
         raise InputError(f"bench: batch sizes must be positive, got {list(batches)}")
     if not modes or not set(modes) <= set(MODES):
         raise InputError(f"bench: modes are {', '.join(MODES)}; got {', '.join(modes) or 'none'}")
+    if serve is not None:
+        modes = [ONNXRUNTIME]
     if training and peers:
         raise InputError("bench: peers are for inference; leave them out or do not time training")
     found = Bench(title or type(dense).__name__, "", _gmacs(idle, peers), training=training)
-    with _ready(dense, idle, peers, device, dtype, training) as models, torch.inference_mode(not training):
+    with _ready(dense, idle, peers, device, dtype, training, serve) as models, torch.inference_mode(not training):
         weight = next(models[DENSE].parameters())
         amp = dtype if training and dtype != torch.float32 else None
         prepare = _steps(amp, cut=_rests(idle)) if training else dict.fromkeys(models, _call)
-        found = replace(found, machine=machine_in_words(weight) + (f", autocast to {amp}" if amp else ""))
+        machine = machine_in_words(weight) + (f", autocast to {amp}" if amp else "")
+        found = replace(found, machine=f"{machine}, onnxruntime {version('onnxruntime')}" if serve else machine)
         for batch in tqdm(batches, desc="bench", unit="batch", leave=False, disable=not progress):
             case = BenchCase(models, prepare, partial(_resized, example, batch, weight), batch, weight.device)
             case.run(modes, seconds, rounds)
@@ -103,6 +109,7 @@ def _ready(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     training: bool,
+    serve: Callable[[nn.Module], nn.Module] | None,
 ) -> Iterator[dict[str, nn.Module]]:
     """The models where and as they are timed, copies if need be; the modes of the user's own come back."""
     target = next(dense.parameters()).device if device is None else present(device)
@@ -117,7 +124,7 @@ def _ready(
     for model in models.values():
         model.train(training)
     try:
-        yield models
+        yield models if serve is None else {name: serve(model) for name, model in models.items()}
     finally:
         for module, mode in modes.items():  # parents first; a converted model swaps its graph with its mode
             if isinstance(module, IdleModule):

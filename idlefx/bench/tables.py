@@ -7,7 +7,7 @@ from statistics import median, quantiles
 
 from tabulate import tabulate
 
-from idlefx.bench.results import DENSE, EAGER, IDLE, Bench, Timing, outcome, speed_up
+from idlefx.bench.results import DENSE, EAGER, FIRST, IDLE, Bench, Timing, outcome, speed_up
 from idlefx.utils.versions import versions
 
 HEAD = ("mode", "batch", "model", "ms", "images/s", "peak MiB", "speed-up", "of limit", "memory")
@@ -46,6 +46,7 @@ def verdict(bench: Bench) -> str:
     words = [saying[kind] + "; ".join(cases) + "." for kind, cases in found.items() if cases]
     for name in bench.gmacs:
         words += [_best(bench, batch, name) for batch in _batches(bench) if name != DENSE and bench.best(batch, name)]
+    words += [_of_bound(t) for t in bench.timings if IDLE in t.ms and FIRST in t.ms]
     words += [f"Skipped: {reason}." for reason in bench.skipped]
     words += ["Interrupted: the table holds what was measured until then."] if bench.interrupted else []
     return "\n".join(words)
@@ -96,6 +97,13 @@ def _best(bench: Bench, batch: int, name: str) -> str:
     return (
         f"Best compiled at batch {batch}: {name} is {gained:.2f}× as fast as dense ({modes}), "
         f"{gained / bench.limit(name):.0%} of its limit{pays}."
+    )
+
+
+def _of_bound(timing: Timing) -> str:
+    reached = speed_up(timing.ms[FIRST], timing.ms[IDLE])
+    return (
+        f"{timing.mode}, batch {timing.batch}: idle reaches {reached:.1%} of the speed of first, which chooses nothing."
     )
 
 

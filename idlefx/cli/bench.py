@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -12,13 +13,16 @@ from torch import Tensor, nn
 
 from idlefx.bench.baselines import Baseline, make_baseline, open_baselines
 from idlefx.bench.block_latency import measure_times, token_counts
+from idlefx.bench.first_tokens import first_tokens
 from idlefx.bench.plot import check_chart, plot
-from idlefx.bench.results import EAGER, Bench
+from idlefx.bench.results import EAGER, FIRST, ONNXRUNTIME, Bench
 from idlefx.bench.runner import bench
 from idlefx.bench.tables import render, summary, to_json
 from idlefx.bench.timer import lacks_memory
 from idlefx.cli.arguments import plan_options
 from idlefx.cli.exit_codes import REFUSED
+from idlefx.cli.onnx_sessions import OnnxSession
+from idlefx.deploy.onnx import check_libraries
 from idlefx.errors import IdleFxError, InputError
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable, Plan
@@ -54,9 +58,21 @@ class Campaign:
             check_chart(options.plot)
         if options.training and options.baseline:
             raise InputError("bench: peers are for inference; leave --baseline or --training out")
-        self.peers = open_baselines(options.baseline)
+        self.peers = open_baselines([entry for entry in options.baseline if entry != FIRST])
+        if options.runtime == ONNXRUNTIME:
+            self._check_onnx()
         self.done: list[Bench] = []
         self.tables: list[BlockTimes] = []
+
+    def _check_onnx(self) -> None:
+        check_libraries()
+        other = {
+            "--training": self.options.training, "--eager": self.options.eager, "--table": self.options.table,
+            "--device": self.device.type != "cpu", "--dtype": self.dtype != torch.float32,
+            "--baseline tome": self.peers,
+        }  # fmt: skip
+        if wrong := [option for option, given in other.items() if given]:
+            raise InputError(f"bench: onnxruntime calls models in float32 on the CPU; leave {' and '.join(wrong)} out")
 
     def run(self) -> int:
         """Measure, print and write; a model that is refused is named, and the rest goes on.
@@ -109,11 +125,21 @@ class Campaign:
 
     def _bench(self, title: str, model: nn.Module, idle: IdleModule, example: Any) -> Bench:
         options, peers, refused = self.options, list[Baseline](), list[str]()
-        for name, patch in self.peers.items():
+        makers = {
+            name: partial(make_baseline, name, patch, model, example, report(idle).idle_gmacs)
+            for name, patch in self.peers.items()
+        }
+        if FIRST in options.baseline:
+            makers[FIRST] = partial(first_tokens, idle)
+        for make in makers.values():
             try:
-                peers.append(make_baseline(name, patch, model, example, report(idle).idle_gmacs))
+                peers.append(make())
             except InputError as error:
                 refused.append(str(error))
+        serve = None
+        if options.runtime == ONNXRUNTIME:  # the dense model is packaged as the other is
+            model = convert(model, [0], 1.0, example_inputs=example)
+            serve = partial(OnnxSession, batch=max(options.batch_size))
 
         def complete(found: Bench) -> Bench:
             return replace(found, skipped=(*refused, *found.skipped))
@@ -130,6 +156,7 @@ class Campaign:
             title=title,
             seconds=options.seconds,
             each=lambda found: self._write([*self.done, complete(found)]),
+            serve=serve,
         )
         return complete(found)
 
