@@ -15,6 +15,7 @@ from idlefx.capture.models import load_model
 from idlefx.training.config import Settings
 from idlefx.training.datasets import Source, open_loaders
 from idlefx.training.distributed import interrupts, processes
-from idlefx.training.loop import evaluate, finetune
+from idlefx.training.labelled import evaluate
+from idlefx.training.loop import finetune
 
 __all__ = ["Settings", "Source", "evaluate", "finetune", "interrupts", "load_model", "open_loaders", "processes"]

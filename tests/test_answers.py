@@ -16,6 +16,9 @@ from idlefx.runtime.answers import answers_of
 from idlefx.training.config import Settings
 from idlefx.training.distributed import World
 from idlefx.training.feature_taps import tap
+from idlefx.training.history import History
+from idlefx.training.labelled import Labelled
+from idlefx.training.loader import ImageLoader
 from idlefx.training.trainer import Trainer
 from tests.models.small import build, images
 
@@ -128,8 +131,10 @@ def test_finetuning_decays_what_the_model_lets_decay(pair):
     model, idle = pair
     idle = copy.deepcopy(idle)
     teacher, student = tap(spell(capture(model).eval_graph)), tap(idlefx.with_cut_loss(idle).train())
-    settings = Settings(train_all=True, weight_decay=0.05)
-    trainer = Trainer(idle.eval(), student, teacher, settings, steps=1, batch_size=2, world=World(torch.device("cpu")))
+    settings = Settings(train_all=True, weight_decay=0.05).settled(labelled=True, idle="rest")
+    val = ImageLoader([(images(model, 1)[0], 0)], 1)
+    objective = Labelled(student, teacher, settings, val, History.of(idle), 2)
+    trainer = Trainer(idle.eval(), objective, settings, steps=1, batch_size=2, world=World(torch.device("cpu")))
     names = {id(parameter): name for name, parameter in idle.named_parameters()}
     found = {names[id(p)]: group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
     wanted = told(model)

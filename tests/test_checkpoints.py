@@ -16,10 +16,10 @@ import idlefx
 from idlefx.training import checkpoints
 from idlefx.training.config import Settings
 from idlefx.training.feature_taps import tap
+from idlefx.training.labelled import LOSSES, evaluate
 from idlefx.training.loader import ImageLoader
-from idlefx.training.loop import evaluate, finetune
+from idlefx.training.loop import finetune
 from idlefx.training.metric_log import COLUMNS, MetricLog
-from idlefx.training.trainer import LOSSES
 from tests.models.colours import CLASSES, PLAIN, SIDE, Colours, batches, models, vit
 from tests.support.messages import refusal, says
 

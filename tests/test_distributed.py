@@ -16,8 +16,9 @@ from idlefx.cli.finetune import main
 from idlefx.pipeline import spell
 from idlefx.training.distributed import World, processes
 from idlefx.training.feature_taps import tap
+from idlefx.training.history import History
+from idlefx.training.labelled import Labelled, evaluate
 from idlefx.training.loader import ImageLoader
-from idlefx.training.loop import evaluate
 from idlefx.training.trainer import Trainer
 from tests.models.colours import CLASSES, MODEL, PLAIN, Colours, folder, vit
 
@@ -36,8 +37,11 @@ def training(world, accumulate):
         tap(spell(idlefx.capture.export.capture(dense).eval_graph)),
     )
     settings = idlefx.training.config.Settings(**{**vars(PLAIN), "accumulate": accumulate, "clip": 0.0, "w_cut": 20.0})
+    settings = settings.settled(labelled=True, idle="rest")
     batch_size = IMAGES // (world.size * accumulate)
-    return Trainer(idle.eval(), student, teacher, settings, steps=1, batch_size=batch_size, world=world)
+    val = ImageLoader(Colours(IMAGES), batch_size, world=world)
+    objective = Labelled(student, teacher, settings, val, History.of(idle), batch_size)
+    return Trainer(idle.eval(), objective, settings, steps=1, batch_size=batch_size, world=world)
 
 
 def gradients(world, accumulate, images=IMAGES):

@@ -10,10 +10,10 @@ from torch import nn
 import idlefx
 from idlefx.training.config import Settings
 from idlefx.training.feature_taps import class_count, has_features, tap, token_parameters
+from idlefx.training.labelled import LOSSES, evaluate
 from idlefx.training.loader import ImageLoader
-from idlefx.training.loop import evaluate, finetune
+from idlefx.training.loop import finetune
 from idlefx.training.metric_log import MetricLog
-from idlefx.training.trainer import LOSSES
 from tests.models.colours import CLASSES, PLAIN, SIDE, Colours, batches, models
 from tests.models.small import build, fingerprint, images
 from tests.support.messages import refusal, says

@@ -61,7 +61,7 @@ def test_command_prints_accuracy_and_gmacs_of_dense_untuned_and_tuned(command):
 
 def test_command_leaves_plan_weights_state_and_metrics(command):
     files = {path.name for path in command.directory.iterdir()}
-    assert files == {"plan.json", "best.safetensors", "last.safetensors", "training.pt", "metrics.csv"}
+    assert files == {"plan.json", "best.safetensors", "last.safetensors", "training.pt", "metrics.csv", "metrics.png"}
     plan = json.loads((command.directory / "plan.json").read_text())["plan"]
     assert (plan["model"], plan["layers"], plan["keep"]) == (MODEL, [1], 0.5)
     told = rows(command.directory)

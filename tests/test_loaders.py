@@ -114,8 +114,9 @@ def test_data_that_is_not_there_is_refused(tmp_path):
 
 
 def test_data_without_validation_images_is_refused(tmp_path):
-    folder(tmp_path / "train", "abcd")
-    message = refusal(open_folder, tmp_path / "train" / "train")
+    folder(tmp_path, "abcd")
+    (tmp_path / "validation").rename(tmp_path / "tests")
+    message = refusal(open_folder, tmp_path)
     assert says(message, "must hold the folders train and validation", "--val-split"), message
 
 

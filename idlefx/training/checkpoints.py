@@ -6,19 +6,20 @@ the original model; `training.pt` holds what a continued run needs, in one file,
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from idlefx.errors import InputError, first_line
 from idlefx.runtime.module import IdleModule, conversion_of
-from idlefx.training.config import Settings
-from idlefx.training.feature_taps import class_count, tap
+from idlefx.training.config import LABELLED, Settings
+from idlefx.training.feature_taps import classes_of
 from idlefx.utils.files import whole_file
 from idlefx.utils.versions import versions
 
@@ -46,14 +47,14 @@ def plan_of_run(
         facts: What else must be the same when the run is continued.
         options: What may be another then: the options of the shell, where the versions are told too.
     """
-    tapped, conversion = tap(idle), conversion_of(idle)
+    conversion = conversion_of(idle)
     return {
         "plan": {
             **facts,
             **conversion.options.to_dict(),
             "dense_weights": fingerprint(dense),
             "image_size": list(conversion.facts.image_size),
-            "classes": class_count(tapped),
+            "classes": classes_of(idle),
             "blocks": [asdict(step) for step in conversion.plan],
             **asdict(settings),
         },
@@ -97,7 +98,8 @@ def read_plan(directory: Path) -> dict[str, Any]:
 
 
 def _check_same(directory: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = [key for key in now if there.get(key) != now[key]]
+    since = {**asdict(Settings()), **LABELLED}  # what settings that a run of an older version does not name are
+    differing = [key for key in now if there.get(key, since.get(key)) != now[key]]
     if differing:
         differing = [key for key in differing if key != "blocks"] or differing  # they follow from the others
         what = "; ".join(f"{key} is {_short(there.get(key))} there, {_short(now[key])} now" for key in differing)
@@ -123,12 +125,29 @@ def save(directory: Path, state: Mapping[str, Any], weights: nn.Module, told: Ma
         InputError: The disk is full or gone; the last whole checkpoint is still there.
     """
     header = {key: str(value) for key, value in told.items()}
-    try:
+    with _refusing(directory):
         with whole_file(directory / STATE) as partial:
             torch.save(dict(state), partial)
         for name in (LAST, BEST) if best else (LAST,):
             with whole_file(directory / name) as partial:
                 safetensors.torch.save_model(weights, str(partial), metadata=header)
+
+
+def save_best(directory: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write the best weights alone.
+
+    Raises:
+        InputError: The disk is full or gone.
+    """
+    with _refusing(directory), whole_file(directory / BEST) as partial:
+        whole = {name: value.contiguous() for name, value in weights.items()}
+        safetensors.torch.save_file(whole, str(partial), metadata={"format": "pt"})
+
+
+@contextmanager
+def _refusing(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError, safetensors.SafetensorError, InputError) as error:
         raise InputError(
             f"checkpoint: cannot write into {directory}: {first_line(error)}; the last whole checkpoint is still "

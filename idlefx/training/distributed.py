@@ -39,16 +39,26 @@ class World:
             distributed.all_reduce(values)
         return values
 
+    def mean(self, value: float) -> float:
+        """The mean of a number over all processes; all of them must ask."""
+        if self.size == 1:
+            return value
+        return float(self.total(torch.tensor(value, device=self.device, dtype=torch.float32))) / self.size
+
     def any(self, told: bool) -> bool:
         """Whether any process was told so; all of them must ask."""
         return bool(self.total(torch.tensor(float(told), device=self.device))) if self.size > 1 else told
 
     def gather(self, items: Iterable[Any]) -> list[Any]:
         """What the processes have, in order and without repetitions; all of them must ask."""
+        return sorted(set(self.lists(items)))
+
+    def lists(self, items: Iterable[Any]) -> list[Any]:
+        """What the processes have, one after the other; all of them must ask."""
         every = [list(items)] * self.size
         if self.size > 1:
             distributed.all_gather_object(every, every[0])
-        return sorted({item for one in every for item in one})
+        return [item for one in every for item in one]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from idlefx.errors import InputError
 from idlefx.graph.notes import layer_of
 from idlefx.graph.queries import by_name, image_data, output_of, placeholders, remove_dead, tensor_argument, value
 from idlefx.graph.sizes import shape_of
+from idlefx.reporting.comparison.compare import class_counts
 from idlefx.runtime.module import IdleModule, conversion_of, converted
 
 aten = torch.ops.aten
@@ -40,11 +41,7 @@ def tap(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph = deepcopy(module.graph)
     images, outputs = image_input(graph), [n for n in tree_leaves(output_of(graph).args) if isinstance(n, fx.Node)]
-    if takes_bytes(graph):
-        raise InputError(
-            "finetune: the model takes uint8 images and normalises them itself, but those of a loader are normalised "
-            "already; convert the part of the model that takes such images"
-        )
+    refuse_bytes(graph)
     logits = next((n for n in outputs if (v := value(n)) is not None and v.is_floating_point() and v.ndim == 2), None)
     if logits is None:
         raise InputError("finetune: the model returns no logits (B, classes); fine-tuning needs a classifier")
@@ -63,9 +60,36 @@ def tap(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
+def refuse_bytes(graph: fx.Graph) -> None:
+    """Refuse a model whose images are no numbers of floating point, as those of a loader are.
+
+    Raises:
+        InputError: It is one.
+    """
+    if takes_bytes(graph):
+        raise InputError(
+            "finetune: the model takes uint8 images and normalises them itself, but those of a loader are normalised "
+            "already; convert the part of the model that takes such images"
+        )
+
+
 def class_count(tapped: fx.GraphModule) -> int:
     """How many classes the logits of a tapped model tell apart."""
     return shape_of(_outputs(tapped)[0])[1]
+
+
+def classes_of(idle: IdleModule) -> int | None:
+    """How many classes a model tells apart; None if it is no classifier as far as is known.
+
+    It is one if it returns logits (B, classes), and either says itself that it has so many classes, or says nothing
+    and makes them by a linear layer. Features (B, C) of an encoder are none.
+    """
+    try:
+        tapped = tap(idle)
+    except InputError:
+        return None
+    count, said = class_count(tapped), class_counts(idle, conversion_of(idle).facts)
+    return count if count in said or (not said and has_features(tapped)) else None
 
 
 def has_features(tapped: fx.GraphModule) -> bool:

@@ -41,6 +41,8 @@ class ImageLoader:
         InputError: There are fewer images than a training step needs.
     """
 
+    labelled = True
+
     def __init__(
         self,
         dataset: Any,
@@ -72,6 +74,10 @@ class ImageLoader:
         if not self.streams:
             images = images // self.world.size if self.training else len(self._share)
         return images // self.batch_size if self.training else -(-images // self.batch_size)
+
+    def count(self) -> int:
+        """How many batches an epoch has."""
+        return len(self)
 
     @property
     def _share(self) -> range:

@@ -1,36 +1,37 @@
-"""Fine-tune a model for idling: `python -m idlefx.finetune`, or `torchrun --nproc-per-node 8 -m idlefx.finetune`.
-
-Without arguments it shows on an embedded data set what idling costs, and what a short training wins back.
-"""
+"""A fine-tune from its first look at the models to its last step: `finetune`."""
 
 import time
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
 from idlefx.capture.export import capture
 from idlefx.errors import InputError
 from idlefx.pipeline import spell, with_cut_loss
+from idlefx.reporting.comparison.model_calls import evaluating
 from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.training import checkpoints
 from idlefx.training.config import Settings
+from idlefx.training.distillation import Distillation
+from idlefx.training.distributed import World
 from idlefx.training.feature_taps import has_features, tap
+from idlefx.training.gain import Gain
+from idlefx.training.given_batches import Batches, as_batches
 from idlefx.training.history import History
+from idlefx.training.labelled import Labelled
+from idlefx.training.length import Length, affordable_length, planned_length
 from idlefx.training.loader import ImageLoader
-from idlefx.training.metric_log import MetricLog
-from idlefx.training.trainer import Batch, Trainer
+from idlefx.training.run import Run
+from idlefx.training.trainer import Trainer
 
 
 def finetune(
     dense: nn.Module,
     idle: IdleModule,
-    train: ImageLoader,
-    val: ImageLoader,
+    train: ImageLoader | Iterable[Any],
+    val: ImageLoader | Iterable[Any],
     settings: Settings | None = None,
     *,
     directory: Path | None = None,
@@ -38,115 +39,116 @@ def finetune(
     example_inputs: Any = None,
     tensorboard: bool = False,
     stop: Callable[[], bool] = lambda: False,
-) -> History:
+    batch_size: int = 16,
+    world: World | None = None,
+) -> History | Gain:
     """Train a converted model in place, with the dense model as its teacher.
+
+    With labels, which an `ImageLoader` of labelled images has, it is trained as published, and comes back with the
+    averaged weights. Without them every output is drawn to the dense model's, and the model comes back with the
+    weights that did best on held-out images, also where an interrupt or an error ended the training. Where none did
+    surely better than the untuned ones, it comes back untuned.
 
     Args:
         dense: The model as it was; it stays as it is, so convert a copy.
-        idle: What `convert` made of it; it comes back in eval mode, with the averaged weights.
-        train: Training batches; their processes train together.
-        val: Validation batches.
-        settings: How to train; by default as published.
+        idle: What `convert` made of it; it comes back in eval mode.
+        train: Training batches: what `open_loaders` gives; or, without labels, any iterable or `DataLoader` of tensors
+            (B, channels, height, width), of tuples that begin with one, or of dicts of keyword inputs.
+        val: Held-out batches, alike.
+        settings: How to train; by default as published with labels, and without them as served best.
         directory: Where checkpoints and metrics go; None for nowhere.
         resume: Whether to continue exactly from the last checkpoint there.
         example_inputs: As for `convert`.
         tensorboard: Whether to write for TensorBoard too.
         stop: Asked after each step; if it says so, a checkpoint is written and the run ends unfinished.
+        batch_size: Images in a batch, where an iterable holds single images.
+        world: The processes that train together, for batches that do not know them.
 
     Returns:
-        Accuracy of dense, idle before and idle after, and the losses of every step.
+        With labels, accuracy of dense, idle before and idle after; without, how the outputs compare with the dense
+        model's before and after. Both hold the losses of every step.
 
     Raises:
-        InputError: The model is no classifier, the data does not fit it, or a file cannot be written.
-        TrainingError: The loss is no finite number.
+        InputError: The data does not fit the model, or a file cannot be written.
+        TrainingError: A loss is no finite number.
     """
-    settings, world = settings or Settings(), train.world
-    per_epoch = len(train) // settings.accumulate
-    if not per_epoch:
-        raise InputError(f"settings: accumulate is {settings.accumulate}, but an epoch has {len(train)} batches only")
-    steps = settings.steps or settings.epochs * per_epoch
+    began = time.perf_counter()
     if {*map(id, dense.parameters())} & {*map(id, idle.parameters())}:
         raise InputError("finetune: the model shares its weights with its teacher; convert it with copy=True")
+    conversion = conversion_of(idle)
+    conversion.check_gradients()
+    options: dict[str, Any] = {"world": world, "batch_size": batch_size, "seed": (settings or Settings()).seed}
+    trained = as_batches(train, conversion.facts, once=True, **options)
+    held_out = as_batches(val, conversion.facts, **options)
+    settings = (settings or Settings()).settled(labelled=trained.labelled, idle=conversion.plan.idle)
+    batches = trained.count()
+    per_epoch = None if batches is None else batches // settings.accumulate
+    if per_epoch == 0:
+        raise InputError(f"settings: accumulate is {settings.accumulate}, but an epoch has {batches} batches only")
+    with evaluating([dense]):
+        objective = _objective(dense, idle.eval(), trained, held_out, settings, example_inputs)
+        outcome = _outcome(objective)
+        state: dict[str, Any] = {}
+        if resume:
+            assert directory is not None
+            state = checkpoints.load(directory)
+            objective.restore(state["history"])
+        else:
+            objective.begin(idle)
+            if isinstance(objective, Distillation) and objective.nothing_to_gain:
+                outcome.finished = True
+                return outcome
+        spent = time.perf_counter() - began
+        length = _length(settings, trained, per_epoch, objective, state, spent)
+        options = {"steps": length.steps, "batch_size": trained.batch_size, "world": trained.world}
+        training = Trainer(idle, objective, settings, **options)
+        if resume:
+            training.restore(state["training"])
+        run = Run(training, trained, length, directory, stop)
+        run.go(outcome, stale=state.get("stale", 0), tensorboard=tensorboard)
+    return outcome
 
-    teacher = tap(spell(capture(dense, example_inputs, copy_model=False).eval_graph))
+
+def _length(
+    settings: Settings,
+    train: Batches,
+    per_epoch: int | None,
+    objective: Labelled | Distillation,
+    state: dict[str, Any],
+    spent: float,
+) -> Length:
+    """Of a run that goes on what it was, else what the settings name or their budget allows."""
+    if "length" in state:
+        return Length(**state["length"])
+    if settings.steps or not settings.budget:
+        return planned_length(settings, per_epoch, labelled=train.labelled)
+    seconds = 60 * settings.budget - spent
+    length = affordable_length(settings, train.epoch(), objective, seconds, spent, train.world)
+    if train.world.leads:
+        print(f"a budget of {settings.budget:g} minutes is enough for {length.steps} steps")
+    return length
+
+
+def _objective(
+    dense: nn.Module, idle: IdleModule, train: Batches, val: Batches, settings: Settings, example_inputs: Any
+) -> Labelled | Distillation:
     rests = conversion_of(idle).plan.idle == "rest"
-    if settings.w_cut and not rests and train.world.leads:
+    leads = train.world.leads
+    if settings.w_cut and not rests and leads:
         print("there is no token cut loss of tokens that follow, so w_cut is off")
+    if not isinstance(train, ImageLoader) or not train.labelled:
+        distillation = Distillation(dense, idle, val, settings, Gain.of(idle))
+        if leads:
+            print(distillation)
+        return distillation
+    assert isinstance(val, ImageLoader)
+    teacher = tap(spell(capture(dense, example_inputs, copy_model=False).eval_graph))
     student = tap((with_cut_loss(idle) if settings.w_cut and rests else idle).train())
-    if settings.w_feat and world.leads and not (has_features(teacher) and has_features(student)):
+    idle.eval()
+    if settings.w_feat and leads and not (has_features(teacher) and has_features(student)):
         print("no linear classifier was found, so w_feat is off")
-    training = Trainer(
-        idle.eval(), student, teacher, settings, steps=steps, batch_size=train.batch_size, world=world
-    )  # fmt: skip
-    averaged, history = tap(training.averaged), History.of(idle)
-    if resume:
-        assert directory is not None
-        state = checkpoints.load(directory)
-        training.restore(state["training"])
-        history.restore(state["history"])
-    else:
-        history.dense, history.untuned = (evaluate(model, val, amp=settings.amp) for model in (teacher, averaged))
-
-    writes = directory if world.leads else None
-    metrics = MetricLog(
-        writes, done=training.step, steps=steps, images=training.images, show=world.leads, tensorboard=tensorboard
-    )  # fmt: skip
-    with metrics, training:
-        before = time.perf_counter()
-        for epoch, batches, due in _steps(train, settings.accumulate, training.step, steps):
-            row: dict[str, Any] = {"epoch": epoch, **training.update(batches)}
-            row["images_per_s"] = training.images / (time.perf_counter() - before)
-            best = False
-            if due:
-                train.agree()
-                row["top1"] = evaluate(averaged, val, amp=settings.amp)
-                best = history.note(row["top1"], training.step)
-            stopped = world.any(stop())
-            history.rows.append(row)
-            metrics.write(row)
-            if writes and (due or stopped):
-                state = {"training": training.state(), "history": history.state()}
-                told = {"step": training.step, "top1": row.get("top1", "")}
-                checkpoints.save(writes, state, training.averaged, told, best=best)
-            if stopped:
-                break
-            before = time.perf_counter()
-    history.finished = training.step == steps
-    return history
+    return Labelled(student, teacher, settings, val, History.of(idle), train.batch_size)
 
 
-def _steps(train: ImageLoader, accumulate: int, done: int, steps: int) -> Iterator[tuple[int, list[Batch], bool]]:
-    """For each step still to be made: its epoch, its batches, and whether the model is to be evaluated after it."""
-    per_epoch = len(train) // accumulate
-    while done < steps:
-        epoch, place = divmod(done, per_epoch)
-        batches = train.epoch(epoch, place * accumulate)
-        for _ in range(min(per_epoch - place, steps - done)):
-            done += 1
-            yield epoch, list(islice(batches, accumulate)), done % per_epoch == 0 or done == steps
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: ImageLoader, *, amp: bool = False) -> float:
-    """Top-1 accuracy in percent, over all processes.
-
-    Args:
-        model: Images (B, C, H, W) to logits (B, classes), or to a tuple that begins with them.
-        batches: The images and labels to look at.
-        amp: Whether to compute in bfloat16 where that is safe.
-
-    Raises:
-        InputError: There is no image to look at.
-    """
-    right = torch.zeros(2, dtype=torch.long, device=batches.world.device)
-    hidden = None if batches.world.leads else True
-    for images, labels in tqdm(batches.epoch(), "evaluate", len(batches), leave=False, delay=3, disable=hidden):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            output = model(images)
-        logits = output[0] if isinstance(output, tuple) else output
-        right += torch.stack([(logits.argmax(1) == labels).sum(), torch.tensor(len(labels), device=labels.device)])
-    batches.agree()
-    found, seen = batches.world.total(right).tolist()
-    if not seen:
-        raise InputError("data: there are no images to evaluate on")
-    return 100 * found / seen
+def _outcome(objective: Labelled | Distillation) -> History | Gain:
+    return objective.history if isinstance(objective, Labelled) else objective.gain

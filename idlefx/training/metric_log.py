@@ -1,7 +1,7 @@
 """What a run tells while it trains: a progress bar, a CSV file, TensorBoard."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,10 +11,13 @@ from tqdm import tqdm
 from idlefx.errors import InputError
 from idlefx.utils.files import whole_file
 
-COLUMNS = (
-    "step", "epoch", "lr", "loss", "task", "cut", "kd", "feat", "grad_norm", "images_per_s", "top1",
-)  # fmt: skip
-SHOWN = ("loss", "task", "cut", "kd", "feat")
+
+def columns_for(losses: Sequence[str], measures: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a run with these losses, and with these measures on held-out images."""
+    return ("step", "epoch", "lr", *losses, "grad_norm", "images_per_s", *measures)
+
+
+COLUMNS = columns_for(("loss", "task", "cut", "kd", "feat"), ("top1",))
 
 
 class MetricLog:
@@ -27,14 +30,24 @@ class MetricLog:
         images: Images of a step.
         show: Whether to show a progress bar.
         tensorboard: Whether to write for TensorBoard too.
+        columns: Of the rows, as `columns_for` names them.
 
     Raises:
         InputError: A file cannot be written, or TensorBoard is not installed.
     """
 
     def __init__(
-        self, directory: Path | None, *, done: int, steps: int, images: int, show: bool, tensorboard: bool = False
+        self,
+        directory: Path | None,
+        *,
+        done: int,
+        steps: int,
+        images: int,
+        show: bool,
+        tensorboard: bool = False,
+        columns: Sequence[str] = COLUMNS,
     ) -> None:
+        self.columns, self.shown = columns, columns[columns.index("lr") + 1 : columns.index("grad_norm")]
         self.images = images
         hidden = None if show else True  # None: hidden where nobody watches
         self.bar = tqdm(total=steps * images, initial=done * images, unit=" images", disable=hidden, leave=False)
@@ -50,18 +63,18 @@ class MetricLog:
             with self.path.open(newline="") as file:
                 kept = list(csv.DictReader(file))[:done]
         with whole_file(self.path) as partial, partial.open("w", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS)
+            table = csv.DictWriter(file, self.columns)
             table.writeheader()
             table.writerows(kept)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Tell one step."""
-        self.bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN}, refresh=False)
+        self.bar.set_postfix({name: f"{row[name]:.3g}" for name in self.shown}, refresh=False)
         self.bar.update(self.images)
         if self.path:
             try:
                 with self.path.open("a", newline="") as file:
-                    csv.DictWriter(file, COLUMNS).writerow(row)
+                    csv.DictWriter(file, self.columns).writerow(row)
             except OSError as error:
                 raise InputError(f"metrics: cannot write {self.path}: {error.strerror}") from error
         if self.writer:

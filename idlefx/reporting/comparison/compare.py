@@ -65,7 +65,7 @@ def compare(
     _check_models(model, models)
     facts = _facts(model, models)
     batches = ImageBatches(images, facts, batch_size, limit, as_bytes=any(map(_takes_bytes, models.values())))
-    tally = Tally(list(models), logits, _class_counts(model, facts))
+    tally = Tally(list(models), logits, class_counts(model, facts))
     hidden = None if progress else True  # None hides it where standard error is no terminal
     bar = tqdm(total=batches.total, desc="compare", unit="image", leave=False, disable=hidden)
     with bar, evaluating([model, *models.values()]), torch.no_grad():
@@ -104,7 +104,7 @@ def _takes_bytes(converted: Any) -> bool:
     return bool(getattr(converted, "dtype", None) == torch.uint8)  # of an artifact
 
 
-def _class_counts(model: Any, facts: ModelFacts | None) -> set[int]:
+def class_counts(model: Any, facts: ModelFacts | None) -> set[int]:
     """How many classes the model says it has, in the words of its library."""
     with suppress(InputError):
         model = unwrapped(model)

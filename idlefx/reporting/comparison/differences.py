@@ -65,6 +65,12 @@ class Difference:
         both_zero = (squared_a == 0) & (squared_b == 0)
         return torch.where(length > 0, cosine, both_zero.to(cosine.dtype))
 
+    def join(self, other: "Difference") -> None:
+        """Take in what another process saw of the same output."""
+        for name in ("images", "likeness", "squared_gap", "squared_dense", "same_top1", "kl"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.worst = min(self.worst, other.worst, key=lambda pair: pair[0])
+
     def change(self) -> OutputChange:
         """What all images together come to."""
         likeness = self.likeness / self.images

@@ -39,7 +39,7 @@ def outputs_of(model: Model, batch: ImageBatch, who: str) -> dict[str, Tensor]:
         InputError: It fails, or returns no tensor, or something that is no finite number.
     """
     try:
-        output = call(model, _placed(batch.inputs, model))
+        output = call(model, placed(batch.inputs, model))
     except IdleFxError:
         raise
     except Exception as error:  # whatever the user's code, or torch inside it, raises
@@ -58,7 +58,7 @@ def outputs_of(model: Model, batch: ImageBatch, who: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _placed(inputs: Any, model: Model) -> Any:
+def placed(inputs: Any, model: Model) -> Any:
     """A copy of the inputs where the model is, and in its number type where they are of floating point."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     told: Any = next((tensor for tensor in tensors if tensor.is_floating_point()), model)  # an artifact says it itself

@@ -81,6 +81,18 @@ class Tally:
             return name in self.logits
         return LOGITS in name.rpartition(".")[2] or width in self.classes
 
+    @classmethod
+    def joined(cls, tallies: Sequence["Tally"]) -> "Tally":
+        """One of what several processes took in, each of images of its own."""
+        filled = [tally for tally in tallies if tally.images] or list(tallies[:1])
+        whole = filled[0]
+        for tally in filled[1:]:
+            whole.images += tally.images
+            for model, differences in tally.differences.items():
+                for name, difference in differences.items():
+                    whole.differences[model][name].join(difference)
+        return whole
+
     def comparison(self) -> Comparison:
         """The record of all of it.
 
