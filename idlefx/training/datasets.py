@@ -123,7 +123,7 @@ def _open_both(source: Source, facts: ModelFacts, batch_size: int, seed: int, cl
         if folders is None:
             return _of_reading(read_unsplit(root, classes, source.val_share, source.val_most))
         if classes is None or has_loose_pictures(folders[0]):
-            return _of_reading(read_split(folders, classes))
+            return _of_reading(read_split(root, folders, classes))
     train, val = (_open(source, split, batch_size, seed) for split in (source.train, source.val))
     if classes is not None:
         _check_splits(source, train, val)
@@ -134,10 +134,11 @@ def _open_both(source: Source, facts: ModelFacts, batch_size: int, seed: int, cl
 
 def _of_reading(reading: Reading) -> _Opened:
     if not reading.classes:
-        return _Opened(Pictures(reading.train), Pictures(reading.val), False, reading.told)
+        train, val = (Pictures(files, reading.root) for files in (reading.train, reading.val))
+        return _Opened(train, val, False, reading.told)
     numbers = {name: number for number, name in enumerate(reading.classes)}
     train, val = (
-        Pictures(files, [numbers[file.relative_to(reading.root).parts[0]] for file in files], numbers)
+        Pictures(files, reading.root, [numbers[file.relative_to(reading.root).parts[0]] for file in files], numbers)
         for files in (reading.train, reading.val)
     )
     return _Opened(train, val, True, reading.told)

@@ -55,13 +55,20 @@ def has_loose_pictures(folder: Path) -> bool:
     return any(path.name.lower().endswith(SUFFIXES) and path.is_file() for path in folder.iterdir())
 
 
-def read_split(folders: tuple[Path, Path], classes: int | None) -> Reading:
-    """The pictures of a data set that is split already, without labels."""
+def read_split(root: Path, folders: tuple[Path, Path], classes: int | None) -> Reading:
+    """The pictures of a data set that is split already, without labels.
+
+    Args:
+        root: The folder.
+        folders: In it, to train on and to be held out.
+        classes: How many classes the model tells apart; None if it is no classifier.
+
+    Raises:
+        InputError: There is no picture in one of them.
+    """
     train, val = map(find_images, folders)
-    why = (
-        "the model is no classifier" if classes is None else f"there are pictures beside class folders in {folders[0]}"
-    )
-    return Reading(folders[0], train, val, (), f"{_counted(train, val)}, read without labels, as {why}")
+    why = "the model is no classifier" if classes is None else f"there are pictures in {folders[0]} itself"
+    return Reading(root, train, val, (), f"{_counted(train, val)}, read without labels, as {why}")
 
 
 def read_unsplit(root: Path, classes: int | None, share: float, most: int) -> Reading:

@@ -113,6 +113,8 @@ class Gain:
             return (
                 f"{what}: {self.distance:.3f} ± {self.error:.3f} (standard error) after step {self.best_step}{stopped}"
             )
+        if not any(self.distances.values()):
+            return "the outputs are those of the dense model already: there is nothing to tune"
         if not self.looks:
             return f"{what}: no step was looked at; the weights are the untuned ones"
         _, distance, error = min(self.looks, key=lambda look: look[1])

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from idlefx.errors import InputError
 from idlefx.records import ModelFacts
-from idlefx.reporting.comparison.image_batches import PHOTO_DIMS, ImageBatch, ImageBatches, Images
+from idlefx.reporting.comparison.image_batches import ImageBatch, ImageBatches, Images
 from idlefx.reporting.images import Photo
 from idlefx.training.distributed import World
 from idlefx.training.loader import ImageLoader
@@ -73,7 +73,7 @@ class GivenBatches:
         once: bool = False,
     ) -> None:
         self.given: Any = images
-        self.batches = ImageBatches(images, facts, batch_size)
+        self.facts = facts
         self.world, self.seed = world or World(), seed
         self.sampler = getattr(images, "sampler", None)
         self.sharded = self.world.size == 1 or isinstance(self.sampler, DistributedSampler)
@@ -91,7 +91,7 @@ class GivenBatches:
 
     def count(self) -> int | None:
         """How many batches an epoch of this process has; None if that is not known."""
-        whole = self.batches.total
+        whole = self._batches().total
         if isinstance(self.given, Sized) and not isinstance(self.given, (str, Tensor)):
             try:
                 whole = len(self.given)
@@ -104,19 +104,21 @@ class GivenBatches:
         whole = math.ceil(whole / self.batch_size)
         return whole if self.sharded else whole // self.world.size
 
+    def _batches(self) -> ImageBatches:
+        return ImageBatches(self.given, self.facts, self.batch_size)
+
     def _is_single(self, items: Any) -> bool:
         """Whether a data set or list holds single images, and no batches."""
         first = items[0] if len(items) else None
         first = first[0] if isinstance(first, (tuple, list)) and first else first
-        facts = self.batches.facts
-        dims = len(facts.image_size) if facts else PHOTO_DIMS
+        dims = len(self.facts.image_size)
         return isinstance(first, Photo) or (isinstance(first, Tensor) and first.ndim == dims)
 
     def epoch(self, number: int = 0, skip: int = 0) -> Iterator[ImageBatch]:
         """The batches of one epoch, without so many at its beginning."""
         if isinstance(self.sampler, DistributedSampler):
             self.sampler.set_epoch(number)
-        batches, mine = iter(self.batches), 0
+        batches, mine = iter(self._batches()), 0
         for place in count():
             with seeded(self.seed, number, place):
                 batch = next(batches, None)

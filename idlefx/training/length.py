@@ -84,7 +84,7 @@ def _seconds_of_a_batch(batches: Iterator[Any], objective: Objective[Any], seed:
         for batch in islice(batches, TRIED):
             loss = objective.parts(student, batch, 0, 1)[0]
             loss.backward()
-            float(loss)  # waits for the device
+            float(loss.detach())  # waits for the device
             times.append(time.perf_counter() - before)
             before = time.perf_counter()
     student.zero_grad()

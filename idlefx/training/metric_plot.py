@@ -33,7 +33,7 @@ def draw_metrics(directory: Path) -> None:
         if any(values):
             steps, means = _means([int(row["step"]) for row in rows], values)
             left.plot(steps, [mean / (max(abs(means[0]), 1e-12)) for mean in means], label=name)
-    left.set(xlabel="step", ylabel="training loss, 1 at the beginning")
+    left.set(xlabel="step", ylabel="loss, 1 at the beginning", title="training images")
     left.legend(fontsize=8)
     looked = [row for row in rows if row[measure]]
     steps, values = [int(row["step"]) for row in looked], [float(row[measure]) for row in looked]
@@ -42,7 +42,11 @@ def draw_metrics(directory: Path) -> None:
         steps, values, errors = [0, *steps], [1.0, *values], [0.0, *errors]  # by definition of the untuned model
         right.axhline(1.0, color="0.6", lw=1, ls="--")
     right.errorbar(steps, values, errors, fmt="o-", ms=4, capsize=3)
-    right.set(xlabel="step", ylabel="distance to the dense model, held-out images" if errors else f"{measure}, percent")
+    right.set(
+        xlabel="step",
+        ylabel="distance to the dense model" if errors else f"{measure}, percent",
+        title="held-out images",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

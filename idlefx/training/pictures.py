@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from torch.utils.data import Dataset
 
-from idlefx.reporting.comparison.image_batches import ImageBatch
+from idlefx.reporting.comparison.image_batches import ImageBatch, Name
 from idlefx.training.loader import ImageLoader
 
 
@@ -16,6 +16,7 @@ class Pictures(Dataset[Any]):
 
     Args:
         files: In order.
+        root: The folder below which they lie.
         labels: Of each file its class; by default its place.
         class_to_idx: Classes by name.
 
@@ -28,10 +29,11 @@ class Pictures(Dataset[Any]):
     def __init__(
         self,
         files: Sequence[Path],
+        root: Path,
         labels: Sequence[int] | None = None,
         class_to_idx: Mapping[str, int] | None = None,
     ) -> None:
-        self.files, self.transform = list(files), None
+        self.files, self.root, self.transform = list(files), root, None
         self.reader = _Reader(self.files, range(len(files)) if labels is None else labels, dict(class_to_idx or {}))
 
     def __len__(self) -> int:
@@ -42,6 +44,10 @@ class Pictures(Dataset[Any]):
         with file:
             picture: Any = Image.open(file).convert(self.input_img_mode)
         return (self.transform(picture) if self.transform else picture), label
+
+    def short_name(self, index: int) -> str:
+        """The file of a picture, below the folder."""
+        return str(self.files[index].relative_to(self.root))
 
     def filename(self, index: int, *, absolute: bool = False) -> str:
         """The file of a picture."""
@@ -67,7 +73,8 @@ class PictureLoader(ImageLoader):
         """Batches of one epoch: images (B, C, H, W) and their names."""
         before = 0
         for images, places in super().epoch(number, skip):
-            named = isinstance(self.dataset, Pictures)
-            names = [self.name(int(place)) for place in places] if named else range(before, before + len(places))
+            names: Sequence[Name] = range(before, before + len(places))
+            if isinstance(self.dataset, Pictures):
+                names = [self.dataset.short_name(int(place)) for place in places]
             before += len(places)
             yield ImageBatch(names, images)

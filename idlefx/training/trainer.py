@@ -155,6 +155,7 @@ class Trainer:
 
         Those are the remembered ones, whatever ended the training, or else the averaged ones if all went well.
         """
+        self.optimizer.zero_grad()
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         if self.best is not None:
