@@ -17,5 +17,16 @@ from idlefx.training.datasets import Source, open_loaders
 from idlefx.training.distributed import interrupts, processes
 from idlefx.training.labelled import evaluate
 from idlefx.training.loop import finetune
+from idlefx.training.taught import Taught
 
-__all__ = ["Settings", "Source", "evaluate", "finetune", "interrupts", "load_model", "open_loaders", "processes"]
+__all__ = [
+    "Settings",
+    "Source",
+    "Taught",
+    "evaluate",
+    "finetune",
+    "interrupts",
+    "load_model",
+    "open_loaders",
+    "processes",
+]
