@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import idlefx
-from idlefx.training import checkpoints
+from idlefx.training import checkpoints, run
 from idlefx.training.config import Settings
 from idlefx.training.distances import DISTANCES, distance_for
 from idlefx.training.gain import Gain
@@ -141,6 +141,22 @@ def test_an_interrupt_in_a_step_keeps_the_best_so_far(tmp_path):
     assert all(torch.equal(best[name], value) for name, value in student.state_dict().items())
     found = idlefx.compare(dense, {"untuned": pair()[1], "tuned": student}, VAL, progress=False).changes
     assert found["tuned"]["feature"].cosine > found["untuned"]["feature"].cosine
+
+
+def test_a_run_that_is_killed_goes_on_from_a_checkpoint_in_its_first_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "CHECKPOINT_SHARE", 1e9)
+    settings = replace(SHORT, checkpoint_minutes=0.0)
+    made = iter(range(1, 100))
+
+    def killed():
+        if next(made) == 4:
+            raise SystemExit
+
+    with pytest.raises(SystemExit):
+        finetune(*pair(), TRAIN, VAL, settings, directory=tmp_path, stop=killed)
+    assert checkpoints.load(tmp_path)["training"]["step"] == 3
+    second = finetune(*pair(), TRAIN, VAL, settings, directory=tmp_path, resume=True)
+    assert second.rows[0]["step"] == 4 and str(second) == str(finetune(*pair(), TRAIN, VAL, settings))
 
 
 @pytest.mark.parametrize(

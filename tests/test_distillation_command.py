@@ -83,6 +83,12 @@ def test_nothing_gained_is_a_success(data, tmp_path, capsys):
     assert all(value.equal(kept[name]) for name, value in encoder().state_dict().items())
 
 
+def test_where_nothing_idles_it_says_so(data, tmp_path, capsys):
+    assert main(arguments(data, tmp_path / "run", "--keep", "1")) == 0
+    assert says(capsys.readouterr().out, "the outputs are those of the dense model already")
+    assert (tmp_path / "run" / "best.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_an_interrupt_tells_what_there_is_and_can_be_continued(command, data, tmp_path, monkeypatch, capsys):
     write = MetricLog.write

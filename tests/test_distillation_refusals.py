@@ -10,6 +10,7 @@ from torch import nn
 
 import idlefx
 from idlefx.training.config import Settings
+from idlefx.training.loader import ImageLoader
 from idlefx.training.loop import finetune
 from tests.models.colours import SIDE, Colours, vit
 from tests.support.messages import refusal, says
@@ -102,6 +103,12 @@ def test_outputs_that_are_not_there(settings, words):
 )
 def test_settings_out_of_range(settings, words):
     assert says(refusal(Settings, **settings), "settings: ", *words)
+
+
+def test_labels_of_one_part_only():
+    labelled = ImageLoader(Colours(8), 8)
+    for train, val in ((labelled, VAL), (TRAIN, labelled)):
+        assert says(refusal(tuned, Wrapped(feature), train, val), "must both have labels", "or neither of them")
 
 
 def test_nothing_to_train_and_nothing_held_out():

@@ -28,6 +28,10 @@ def brightness(x):
     return x.mean(-1)
 
 
+def encoder():
+    return colours.vit(num_classes=0)
+
+
 @cache
 def converted(**options):
     """Shared between tests, so only read it."""
@@ -56,6 +60,32 @@ def test_artifact_and_script_are_of_this_model_and_plan(idle, tmp_path):
     safetensors.torch.load_model(tuned, directory / "tuned.safetensors")
     torch.testing.assert_close(idlefx.load(directory / "tuned.pt2")(x), tuned(x), rtol=1e-4, atol=1e-4)
     assert not torch.equal(tuned(x), converted(idle=idle)(x))
+
+
+@pytest.mark.slow
+def test_the_script_of_a_model_without_classes_needs_no_labels(quick, tmp_path):
+    idle = idlefx.convert(colours.vit(num_classes=0), **CALL)
+    directory = idlefx.emit(idle, tmp_path / "vit", model=f"{__name__}:encoder")
+    for number in range(24):
+        colours.picture(number, number).save(tmp_path / f"{number}.png")
+    command = [sys.executable, directory / "finetune.py", tmp_path, "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "read without labels" in run.stdout and "held-out images, untuned = 1" in run.stdout
+    assert (directory / "tuned.pt2").exists()
+
+
+@pytest.mark.slow
+def test_the_script_of_a_model_without_classes_needs_no_labels(quick, tmp_path):
+    idle = idlefx.convert(colours.vit(num_classes=0), **CALL)
+    directory = idlefx.emit(idle, tmp_path / "vit", model=f"{__name__}:encoder")
+    for number in range(24):
+        colours.picture(number, number).save(tmp_path / f"{number}.png")
+    command = [sys.executable, directory / "finetune.py", tmp_path, "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "read without labels" in run.stdout and "held-out images, untuned = 1" in run.stdout
+    assert (directory / "tuned.pt2").exists()
 
 
 def test_what_is_written(quick, tmp_path):

@@ -16,7 +16,14 @@ from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.training.config import GLYPHS
 from idlefx.training.distributed import World
 from idlefx.training.feature_taps import classes_of, refuse_bytes
-from idlefx.training.folders import Reading, has_loose_pictures, read_split, read_unsplit, split_folders
+from idlefx.training.folders import (
+    Reading,
+    class_folder_count,
+    has_loose_pictures,
+    read_split,
+    read_unsplit,
+    split_folders,
+)
 from idlefx.training.loader import ImageLoader
 from idlefx.training.pictures import PictureLoader, Pictures
 
@@ -83,7 +90,8 @@ def open_loaders(
     Raises:
         InputError: There is no such data, no image in it, only one class, or not the classes of the model.
     """
-    facts, classes = conversion_of(idle).facts, classes_of(idle)
+    facts = conversion_of(idle).facts
+    classes = classes_of(idle, class_folder_count(Path(source.name), source.train, source.val))
     refuse_bytes(conversion_of(idle).evaluation.graph)
     train, val, labelled, told = _open_both(source, facts, batch_size or LABELLED_BATCH, seed, classes)
     batch_size = batch_size or (LABELLED_BATCH if labelled else UNLABELLED_BATCH)

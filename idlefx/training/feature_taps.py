@@ -78,18 +78,22 @@ def class_count(tapped: fx.GraphModule) -> int:
     return shape_of(_outputs(tapped)[0])[1]
 
 
-def classes_of(idle: IdleModule) -> int | None:
+def classes_of(idle: IdleModule, there: int | None = None) -> int | None:
     """How many classes a model tells apart; None if it is no classifier as far as is known.
 
     It is one if it returns logits (B, classes), and either says itself that it has so many classes, or says nothing
-    and makes them by a linear layer. Features (B, C) of an encoder are none.
+    and makes them by a linear layer, or as many as there are. Features (B, C) of an encoder are none.
+
+    Args:
+        idle: The converted model.
+        there: How many classes its data has, if it is known.
     """
     try:
         tapped = tap(idle)
     except InputError:
         return None
     count, said = class_count(tapped), class_counts(idle, conversion_of(idle).facts)
-    return count if count in said or (not said and has_features(tapped)) else None
+    return count if count in said or (not said and (has_features(tapped) or count == there)) else None
 
 
 def has_features(tapped: fx.GraphModule) -> bool:

@@ -50,6 +50,14 @@ def split_folders(root: Path, train: str, val: str) -> tuple[Path, Path] | None:
     return None
 
 
+def class_folder_count(root: Path, train: str, val: str) -> int | None:
+    """How many folders there are to be classes, in the training folder if the data is split; None without a folder."""
+    if not root.is_dir():
+        return None
+    split = split_folders(root, train, val)
+    return sum(path.is_dir() and not path.name.startswith(".") for path in (split[0] if split else root).iterdir())
+
+
 def has_loose_pictures(folder: Path) -> bool:
     """Whether pictures lie in the folder itself, beside folders of classes or without such."""
     return any(path.name.lower().endswith(SUFFIXES) and path.is_file() for path in folder.iterdir())

@@ -80,6 +80,11 @@ def finetune(
     options: dict[str, Any] = {"world": world, "batch_size": batch_size, "seed": (settings or Settings()).seed}
     trained = as_batches(train, conversion.facts, once=True, **options)
     held_out = as_batches(val, conversion.facts, **options)
+    if trained.labelled != held_out.labelled:
+        raise InputError(
+            "finetune: training and held-out images must both have labels, as an ImageLoader of labelled ones has, or "
+            "neither of them"
+        )
     settings = (settings or Settings()).settled(labelled=trained.labelled, idle=conversion.plan.idle)
     batches = trained.count()
     per_epoch = None if batches is None else batches // settings.accumulate
@@ -96,6 +101,8 @@ def finetune(
         else:
             objective.begin(idle)
             if isinstance(objective, Distillation) and objective.nothing_to_gain:
+                if directory is not None and trained.world.leads:
+                    checkpoints.save_best(directory, idle.state_dict())
                 outcome.finished = True
                 return outcome
         spent = time.perf_counter() - began
@@ -141,7 +148,7 @@ def _objective(
         if leads:
             print(distillation)
         return distillation
-    assert isinstance(val, ImageLoader)
+    assert isinstance(val, ImageLoader)  # as it has labels
     teacher = tap(spell(capture(dense, example_inputs, copy_model=False).eval_graph))
     student = tap((with_cut_loss(idle) if settings.w_cut and rests else idle).train())
     idle.eval()

@@ -16,7 +16,10 @@ def draw_metrics(directory: Path) -> None:
     Raises:
         InputError: The picture cannot be written.
     """
-    with (directory / "metrics.csv").open(newline="") as file:
+    path = directory / "metrics.csv"
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         return

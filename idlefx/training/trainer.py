@@ -69,11 +69,11 @@ class Trainer:
         self.ema = ModelEmaV3(idle, decay=settings.ema, use_warmup=True) if settings.ema else None
         self.averaged: IdleModule = self.ema.module if self.ema else idle
         self.best: dict[str, Tensor] | None = None
-        self.model: nn.Module = student
+        self.model: Any = student
         if world.size > 1:
             self.model = DistributedDataParallel(student, find_unused_parameters=objective.leaves_out)
         if settings.compile:
-            self.model.compile()
+            self.model = torch.compile(self.model)  # the student itself, which may be `idle`, stays as it is
             objective.compile()
 
     def update(self, batches: Sequence[Any]) -> dict[str, float]:
@@ -101,7 +101,7 @@ class Trainer:
         with seeded(self.settings.seed, self.step, self.world.rank, device=self.world.device):
             for place, batch in enumerate(batches):
                 last = place + 1 == len(batches)
-                with nullcontext() if last or self.world.size == 1 else self.model.no_sync():  # type: ignore[operator]
+                with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
                     losses = self.objective.parts(self.model, batch, self.step, self.steps)
                     (losses[0] / len(batches)).backward()
                 sums += torch.stack(losses).detach()
