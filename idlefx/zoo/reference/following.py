@@ -83,7 +83,7 @@ def _following(
 
             def block(stream: Tensor, sizes: Tensor) -> Tensor:
                 moved, named = entry.replaced(stream)
-                with Attention(*x.shape[:2], sizes):
+                with Attention(x.shape[0], x.shape[1], sizes):
                     exits.append(Stream(dense(*moved, **named), x.shape))
                 return exits[0].value
 
