@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -17,7 +18,6 @@ from idlefx.demo.model import GLYPH_VIT, glyph_vit
 from idlefx.demo.samples import fetch_samples
 from idlefx.demo.weights import fetch_weights
 from idlefx.runtime.selections import selections
-from tests.models.small import build
 from tests.support.documents import ROOT
 
 
@@ -34,7 +34,8 @@ def test_quickstart_shows_the_shipped_model_where_nothing_can_be_fetched(monkeyp
 
     monkeypatch.setattr(quickstart, "fetch_weights", silent)
     monkeypatch.setattr(quickstart, "SECONDS", 0)
-    monkeypatch.setattr(quickstart.timm, "create_model", lambda name: build("vit"))
+    timed = timm.create_model("deit_tiny_patch16_224", img_size=64)
+    monkeypatch.setattr(quickstart.timm, "create_model", lambda name: timed)
     monkeypatch.chdir(tmp_path)
     quickstart.main()
     shown = capsys.readouterr().out

@@ -59,7 +59,7 @@ def convert(model: torch.nn.Module, config: Config, keep: dict[int, float]) -> A
 
 @contextmanager
 def analysed_once(config: Config) -> Iterator[None]:
-    """Let conversions of one model share what is found out about it, which takes longest; the last alone may rewrite."""
+    """Let conversions of one model share what is found out about it, which takes longest; only the last may rewrite."""
     with ExitStack() as stack:
         traced = capture(habits.given(config), inputs(config, 2, seed=9))
         stack.enter_context(patch.object(pipeline, "capture", return_value=traced))
