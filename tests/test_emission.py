@@ -75,19 +75,6 @@ def test_the_script_of_a_model_without_classes_needs_no_labels(quick, tmp_path):
     assert (directory / "tuned.pt2").exists()
 
 
-@pytest.mark.slow
-def test_the_script_of_a_model_without_classes_needs_no_labels(quick, tmp_path):
-    idle = idlefx.convert(colours.vit(num_classes=0), **CALL)
-    directory = idlefx.emit(idle, tmp_path / "vit", model=f"{__name__}:encoder")
-    for number in range(24):
-        colours.picture(number, number).save(tmp_path / f"{number}.png")
-    command = [sys.executable, directory / "finetune.py", tmp_path, "1"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "read without labels" in run.stdout and "held-out images, untuned = 1" in run.stdout
-    assert (directory / "tuned.pt2").exists()
-
-
 def test_what_is_written(quick, tmp_path):
     idle = converted()
     directory = idlefx.emit(idle, tmp_path / "vit", model=colours.MODEL)
