@@ -15,8 +15,7 @@ from tests.oracles import generated_reference
 Context = tuple[Tensor | None, ...]
 
 
-@torch.no_grad()
-def run(model: ViT, plan: Sequence[Stage], inputs: tuple[Tensor, ...]) -> Result:
+def run(model: ViT, plan: Sequence[Stage], inputs: tuple[Tensor, ...], *, gradients: bool = False) -> Result:
     """Run the model with these stages; the others of its blocks run on all tokens.
 
     Raises:
@@ -44,11 +43,12 @@ def run(model: ViT, plan: Sequence[Stage], inputs: tuple[Tensor, ...]) -> Result
 
         return images_first(passages[stage].through(images_first(x), worked))
 
-    with patch.object(model, "through", through):
+    with patch.object(model, "through", through), torch.set_grad_enabled(gradients):
         output = model(*inputs)
     return Result(output, groups)
 
 
+@torch.no_grad()
 def _grouped(model: ViT, index: int, kept: int, x: Tensor, context: Context) -> Groups:
     """The grouping at a block that begins with the tokens x (B, N, C) or (N, B, C)."""
     config, block = model.config, model.blocks[index]

@@ -17,7 +17,7 @@ import idlefx
 from idlefx import pipeline
 from idlefx.capture.export import capture
 from idlefx.runtime.selections import selections
-from tests.models.generated import Config, inputs
+from tests.models.generated import Config, ViT, inputs
 from tests.oracles import generated_reference
 from tests.support import generated_habits as habits
 from tests.support.cases import CLEAR_MARGIN, relative_error
@@ -59,7 +59,7 @@ def convert(model: torch.nn.Module, config: Config, keep: dict[int, float]) -> A
 
 @contextmanager
 def analysed_once(config: Config) -> Iterator[None]:
-    """Let conversions of one model share what is found out about it, which takes longest; only the last may rewrite."""
+    """Let conversions of one model share what takes longest, finding out about it; the last alone may rewrite."""
     with ExitStack() as stack:
         traced = capture(habits.given(config), inputs(config, 2, seed=9))
         stack.enter_context(patch.object(pipeline, "capture", return_value=traced))
@@ -89,7 +89,11 @@ def check(config: Config, keep: dict[int, float]) -> bool:
         return True
     kept = {block: max(1, int(ratio * config.image_tokens + 1e-9)) for block, ratio in keep.items()}
     model, x = habits.in_mode(config, False), inputs(config, 3, seed=1)
-    expected = generated_reference.run(model, kept, x)
+
+    def reference(model: ViT, gradients: bool) -> generated_reference.Result:
+        return generated_reference.run(model, kept, x, gradients=gradients)
+
+    expected = reference(model, False)
     if expected.margin <= CLEAR_MARGIN:
         return False
     with habits.announced(config), analysed_once(config):
@@ -104,7 +108,7 @@ def check(config: Config, keep: dict[int, float]) -> bool:
     assert all(torch.equal(positions, expected.selected[block]) for block, positions in chosen.items())
     check_whole(same.eval(), config, x)
     habits.check_flags(idle, config, x)
-    return habits.check_calls(idle, config, kept, x)
+    return habits.check_calls(idle, config, reference, x)
 
 
 def check_whole(same: Any, config: Config, x: tuple[Any, ...]) -> None:

@@ -1,7 +1,7 @@
 """What a converted generated model does beside its outputs: gradients, buffers and modes, or what is said of them."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 import idlefx
 from tests.models.generated import Config, ViT, build, set_modes, wrap
-from tests.oracles import generated_reference
 from tests.support.cases import CLEAR_MARGIN, relative_error
 
 IN_TRAINING = ("train", "frozen_blocks", "frozen_statistics")
@@ -90,8 +89,11 @@ def check_flags(idle: nn.Module, config: Config, x: tuple[Any, ...]) -> None:
             idle(image, **{**others, **other})
 
 
-def check_calls(idle: Any, config: Config, kept: dict[int, int], x: tuple[Any, ...]) -> bool:
-    """Two calls in each mode give the reference's outputs, gradients and buffers; False where rounding decides."""
+def check_calls(idle: Any, config: Config, reference: Callable[[ViT, bool], Any], x: tuple[Any, ...]) -> bool:
+    """Two calls in each mode give the reference's outputs, gradients and buffers; False where rounding decides.
+
+    The reference runs a model on x, with gradients or without; its result has an `output` and a `margin`.
+    """
     own = config.gradient != "plain"
     if own:
         with pytest.raises(idlefx.InputError, match="gradients of its own"):
@@ -106,7 +108,7 @@ def check_calls(idle: Any, config: Config, kept: dict[int, int], x: tuple[Any, .
         idle.train(training)
         for gradients in (False, not own):
             torch.manual_seed(0)
-            expected = generated_reference.run(model, kept, x, gradients=gradients)
+            expected = reference(model, gradients)
             if expected.margin <= CLEAR_MARGIN:
                 return False
             with torch.set_grad_enabled(gradients):
