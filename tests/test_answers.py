@@ -1,6 +1,7 @@
 """A converted model tells optimisers and loaders what its original tells them."""
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -107,6 +108,16 @@ def test_configurations_are_kept_where_files_can_name_them():
     attributes = answers_of(model).attributes
     assert attributes["config"].width == 48 and attributes["config"] is not model.config
     assert "other" not in attributes
+
+
+def test_feature_extractors_tell_what_their_features_are():
+    options = {**SMALL, "features_only": True, "out_indices": (0, 1)}
+    model, x = timm.create_model(NAMES["vit"], **options).eval(), torch.randn(2, 3, 64, 64)
+    idle = idlefx.convert(model, layers=[1], keep=0.5, example_inputs=x)
+    for form in (idle, pickle.loads(pickle.dumps(idle))):
+        for question in ("channels", "reduction", "module_name"):
+            assert getattr(form.feature_info, question)() == getattr(model.feature_info, question)()
+        assert [feature.shape[1] for feature in form(x)] == form.feature_info.channels()
 
 
 def test_what_a_model_does_not_say_its_form_does_not_either():

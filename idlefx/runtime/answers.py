@@ -1,7 +1,8 @@
 """What a model says of itself to optimisers, loaders and people, kept for its converted form to say too.
 
 1. Plain data that is an attribute of the model or of its class, such as timm's `pretrained_cfg`, `num_classes` or
-   `embed_dim`, and a configuration: whatever has `to_dict`, such as Hugging Face's `config`.
+   `embed_dim`, and a record: whatever has `to_dict`, such as Hugging Face's `config`, or holds plain data alone, such
+   as the `feature_info` of timm's feature extractors.
 2. Methods without arguments that return plain data: which parameters must not decay, whether the model generates text.
 3. `group_matcher(coarse)`: which parameters are of which layer, for learning rates that decay from layer to layer.
 4. `get_classifier()`, the module that holds the parameters of the head.
@@ -36,7 +37,7 @@ class Answers:
     """What a model said of itself when it was converted.
 
     Attributes:
-        attributes: Plain data and configurations, by name.
+        attributes: Plain data and records, by name.
         returned: By the name of a method without arguments, what it returned.
         groups: What `group_matcher` returned, by whether coarse groups were wanted; empty where there is none.
         head: The name of the module that `get_classifier` returned; empty where there is none.
@@ -95,7 +96,7 @@ def answers_of(model: nn.Module) -> Answers:
         name: deepcopy(value)
         for holder in (*kinds, model)
         for name, value in vars(holder).items()
-        if not name.startswith("_") and name != "training" and (_is_plain(value) or _is_configuration(value))
+        if not name.startswith("_") and name != "training" and (_is_plain(value) or _is_record(value))
     }
     if hasattr(type(model), "loss_function"):
         attributes["accepts_loss_kwargs"] = False  # asked for by Hugging Face's Trainer: the trace takes no others
@@ -123,11 +124,15 @@ def _has_method(model: nn.Module, name: str) -> bool:
     return callable(getattr(model, name, None))
 
 
-def _is_configuration(value: Any) -> bool:
+def _is_record(value: Any) -> bool:
     kind = type(value)
     library = sys.modules.get(kind.__module__) if kind.__module__ != "__main__" else None
     named = getattr(library, kind.__qualname__, None) is kind  # else a file of the converted model could not be read
-    return named and not isinstance(value, (type, nn.Module)) and callable(getattr(value, "to_dict", None))
+    if not named or isinstance(value, (type, nn.Module)):
+        return False
+    members = getattr(value, "__dict__", None)
+    only_plain = bool(members) and _is_plain(members) and not callable(value)
+    return only_plain or callable(getattr(value, "to_dict", None))
 
 
 def _is_plain(value: Any) -> bool:
