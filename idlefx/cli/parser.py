@@ -13,7 +13,7 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         plain_switch = action.const is True and action.default is False
-        mute = plain_switch or action.default in (None, "", [], argparse.SUPPRESS)
+        mute = plain_switch or action.default in (None, "", [], {}, argparse.SUPPRESS)
         if action.help is None or mute or "%(default)" in action.help:
             return action.help
         return f"{action.help} (default: {_shown(action.default)})"
