@@ -24,8 +24,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def companions(nodeid: str) -> str:
-    """What a test shares things with that are slow to make: those of its model, of DeiT-S, or else of its file."""
+    """What a test shares things with that are slow to make: those of its model, of DeiT-S, or else of its file.
+
+    A part of random examples shares nothing.
+    """
     file, _, test = nodeid.partition("::")
+    if "[part" in test:
+        return nodeid
     if "deit_s" in test:
         return "deit_s"
     parameters = test.partition("[")[2].removesuffix("]").split("-")

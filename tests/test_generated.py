@@ -1,8 +1,8 @@
 """Any combination of spellings converts to what its eager reference computes, or is refused for a true reason.
 
-100 examples of spellings, always the same, are slow tests, and the hardest combinations run always, with habits too:
-gradients of their own, buffers, regions, flags, modes and wrappers. 1,000 new ones with all of them run with `-m ""
---hypothesis-profile=thorough`.
+A combination says what a model computes, and what it does meanwhile: gradients of its own, buffers, regions, flags,
+modes and wrappers. The hardest ones run always; 300 more, always the same, are slow tests; and 3,000 new ones run with
+`-m slow --hypothesis-profile=thorough`.
 """
 
 import copy
@@ -18,16 +18,14 @@ from tests.models.generated.config import CHOICES, MOSTLY_THE_SIMPLEST, Config
 from tests.oracles import generated_reference
 from tests.support.generated_check import check, error_of
 
-PARTS = 4  # of the examples, so that they can run side by side
-HABITS = ("gradient", "buffer", "statistics", "region", "flag", "modes", "wrapper")
+PARTS = 12  # of the examples, so that they can run side by side
 
 
-def configs(*, habits: bool = False) -> st.SearchStrategy[Config]:
+def configs() -> st.SearchStrategy[Config]:
     """Configs whose parts fit together; most of them have no block that mixes tokens outside attention."""
     options = {
         name: st.sampled_from(values[:1] * MOSTLY_THE_SIMPLEST.get(name, 0) + values)
         for name, values in CHOICES.items()
-        if habits or name not in HABITS
     }
     return st.builds(Config, **options).map(Config.normalised)
 
@@ -65,13 +63,14 @@ def test_hard_combination(config: Config, keep: dict[int, float]) -> None:
     assert check(config, keep)
 
 
-@pytest.mark.parametrize("part", [pytest.param(part, marks=pytest.mark.slow) for part in range(PARTS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS), ids="part{}".format)
 def test_converted_equals_reference_or_is_refused_truly(part: int) -> None:
     deterministic = settings().derandomize
 
     @given(st.data())
     def converts(data: st.DataObject) -> None:
-        config = data.draw(configs(habits=not deterministic), label="config")
+        config = data.draw(configs(), label="config")
         keep = data.draw(plans(config), label="keep")
         assume(check(config, keep))
 

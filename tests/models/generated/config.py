@@ -53,7 +53,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 MOSTLY_THE_SIMPLEST = {  # how many more times the simplest choice is drawn than each of the others
-    "batch": 9, "dropout": 2, "unfit": 12, "collision": 4, "gradient": 12, "buffer": 2, "statistics": 1, "region": 6,
+    "batch": 9, "dropout": 2, "unfit": 18, "collision": 4, "gradient": 12, "buffer": 2, "statistics": 2, "region": 6,
     "flag": 1, "modes": 1, "wrapper": 6,
 }  # fmt: skip
 
