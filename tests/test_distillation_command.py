@@ -1,11 +1,8 @@
 """The fine-tuning command on pictures without labels: what it prints, writes and continues."""
 
-import csv
 import json
 import signal
-from contextlib import redirect_stdout
-from io import StringIO
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -17,6 +14,7 @@ from idlefx.cli.finetune_options import parse
 from idlefx.training.metric_log import MetricLog
 from tests.models.colours import picture, vit
 from tests.support.messages import says
+from tests.support.runs import rows, run_into
 
 MODEL = f"{__name__}:encoder"
 
@@ -42,16 +40,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(data, tmp_path_factory):
-    """A run from the shell: its directory, exit status and what it printed."""
-    directory = tmp_path_factory.mktemp("runs") / "run"
-    with redirect_stdout(StringIO()) as printed:
-        status = main(arguments(data, directory))
-    return SimpleNamespace(directory=directory, status=status, printed=printed.getvalue())
-
-
-def rows(directory):
-    with (directory / "metrics.csv").open(newline="") as file:
-        return [{**row, "images_per_s": ""} for row in csv.DictReader(file)]
+    return run_into(tmp_path_factory.mktemp("runs") / "run", partial(arguments, data))
 
 
 def test_it_says_how_the_data_is_read_what_is_compared_and_what_was_gained(command):

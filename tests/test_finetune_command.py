@@ -1,12 +1,9 @@
 """The fine-tuning command: what it prints, writes, continues and refuses."""
 
-import csv
 import json
 import re
 import signal
-from contextlib import redirect_stdout
-from io import StringIO
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 
@@ -15,6 +12,7 @@ from idlefx.cli.finetune import main
 from idlefx.training.metric_log import MetricLog
 from tests.models.colours import CLASSES, MODEL, folder, models
 from tests.support.messages import says
+from tests.support.runs import rows, run_into
 
 TRAIN_IMAGES = 120
 
@@ -39,16 +37,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def command(data, tmp_path_factory):
-    """A run from the shell: its directory, exit status and what it printed."""
-    directory = tmp_path_factory.mktemp("runs") / "run"
-    with redirect_stdout(StringIO()) as printed:
-        status = main(arguments(data, directory))
-    return SimpleNamespace(directory=directory, status=status, printed=printed.getvalue())
-
-
-def rows(directory):
-    with (directory / "metrics.csv").open(newline="") as file:
-        return [{**row, "images_per_s": ""} for row in csv.DictReader(file)]
+    return run_into(tmp_path_factory.mktemp("runs") / "run", partial(arguments, data))
 
 
 def test_command_prints_accuracy_and_gmacs_of_dense_untuned_and_tuned(command):
