@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import cached_property
 
 import pytest
 import timm
@@ -118,6 +119,31 @@ def test_feature_extractors_tell_what_their_features_are():
         for question in ("channels", "reduction", "module_name"):
             assert getattr(form.feature_info, question)() == getattr(model.feature_info, question)()
         assert [feature.shape[1] for feature in form(x)] == form.feature_info.channels()
+
+
+def test_methods_of_a_class_are_no_records():
+    class Made(nn.Module):
+        """A model with what Hugging Face's classes hold."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = build("vit")
+
+        @classmethod
+        def from_name(cls, name):
+            """Make one."""
+            return cls()
+
+        @cached_property
+        def depth(self) -> int:
+            """How many blocks there are."""
+            return 4
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x)
+
+    idle = idlefx.convert(Made(), [1], 0.5, example_inputs=images(build("vit"), 2))
+    assert not {"from_name", "depth"} & idle.conversion.answers.attributes.keys()
 
 
 def test_what_a_model_does_not_say_its_form_does_not_either():

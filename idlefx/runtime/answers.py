@@ -128,7 +128,7 @@ def _is_record(value: Any) -> bool:
     kind = type(value)
     library = sys.modules.get(kind.__module__) if kind.__module__ != "__main__" else None
     named = getattr(library, kind.__qualname__, None) is kind  # else a file of the converted model could not be read
-    if not named or isinstance(value, (type, nn.Module)):
+    if not named or isinstance(value, (type, nn.Module)) or hasattr(kind, "__get__"):  # no methods of the class
         return False
     members = getattr(value, "__dict__", None)
     only_plain = bool(members) and _is_plain(members) and not callable(value)
