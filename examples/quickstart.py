@@ -74,7 +74,7 @@ def times(dense: nn.Module, idle: idlefx.IdleModule) -> str:
     calls = [torch.compile(dense.eval(), dynamic=True), idlefx.compile(idle)]
     rows = []
     for batch in BATCHES[::-1]:
-        images, samples = torch.randn(batch, *resolve_model_data_config(dense)["input_size"]), []
+        images, samples = torch.randn(batch, *idle.conversion.facts.image_size), []
         runs = [partial(call, images) for call in calls]
         for run in runs:
             run()
