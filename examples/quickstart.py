@@ -107,7 +107,10 @@ def main() -> None:
     print(idlefx.compare(model, {"follow": follow, "rest": rest}, photographs, progress=False))
 
     title("What it takes")
-    print(times(timed, follow if timed is model else idlefx.convert(timed, **FOLLOW)))
+    try:
+        print(times(timed, follow if timed is model else idlefx.convert(timed, **FOLLOW)))
+    except RuntimeError as error:
+        print(f"not timed, as compiling failed (is there a C++ compiler?): {str(error).strip().splitlines()[0]}")
 
     title("What it sees")
     if timed is model:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import idlefx
 from examples import figure, in_house, quickstart, study, train_glyphs
+from idlefx.data import Glyphs
 from idlefx.demo.model import GLYPH_VIT, glyph_vit
 from idlefx.demo.samples import fetch_samples
 from idlefx.demo.weights import fetch_weights
@@ -44,6 +45,22 @@ def test_quickstart_shows_the_shipped_model_where_nothing_can_be_fetched(monkeyp
     assert str(idlefx.inspect(glyph_vit())) in shown
     assert re.search(r"\n +8 +\d+ +\d+ +\d+\.\d\d× +\d+%", shown), "what a call takes at batch 8"
     assert Image.open(tmp_path / quickstart.PICTURE).width > 100
+
+
+@pytest.mark.slow
+def test_quickstart_goes_on_where_nothing_can_be_compiled(monkeypatch, tmp_path, capsys):
+    def failing(*_):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+
+    model, scenes = glyph_vit(), Glyphs("test", size=2)
+    photographs = [scenes.scene(number).image for number in range(2)]
+    monkeypatch.setattr(quickstart, "subject", lambda: quickstart.Subject(model, photographs, glyph_vit()))
+    monkeypatch.setattr(quickstart, "times", failing)
+    monkeypatch.chdir(tmp_path)
+    quickstart.main()
+    shown = capsys.readouterr().out
+    assert "(is there a C++ compiler?): InvalidCxxCompiler: No working C++ compiler found\n" in shown
+    assert (tmp_path / quickstart.PICTURE).exists()
 
 
 @pytest.mark.slow
