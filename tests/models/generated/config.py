@@ -176,6 +176,8 @@ class Config:
             c = c.reset("depth")  # there must be one in the middle, or several, to tell whose the MLPs are
         elif c.depth == 1 and (c.place == "late" or c.outputs == "features"):
             c = replace(c, depth=2)
+        elif c.block in ("attention_only", "parallel", "parallel_norms") and c.around in ("neck", "both"):
+            c = c.reset("depth")  # behind one block that ends with its attention, a residual layer looks like its MLP
         if c.unfit in ("windows", "reduced_keys"):
             c = replace(c, prefix=0).reset("core", "grid", "mask", "bias", "rotary", "groups", "positions")
             c = c.reset(inputs=("label_token", "valid"))
