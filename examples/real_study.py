@@ -41,7 +41,8 @@ BATCH = {224: 20, 518: 4}
 TAUGHT = 450  # scenes of other things on other photographs that teach the classifier of kinds
 RIDGE = 1e-3
 SECONDS = 20  # of timing, for all methods of a row together
-DENSE, METHODS = "dense", ("rest", "pruned", "ToMe", "follow, 3 stages", "follow, 6 stages")
+DENSE = "dense"
+METHODS = ("rest", "pruned", "ToMe", "follow, 3 stages", "follow, 6 stages", "follow, 6 stages, joined")
 
 
 class Model(NamedTuple):
@@ -87,7 +88,7 @@ def make(size: int, method: str, level: int) -> Model:
         )
     layers, keep = (SIX, six) if "6" in method else (THREE, three)
     if method.startswith("follow"):
-        idle = idlefx.convert(dense, layers=layers, keep=keep, idle="follow")
+        idle = idlefx.convert(dense, layers=layers, keep=keep, idle="follow", reselect="joined" not in method)
     else:
         idle = idlefx.convert(dense, layers=layers, keep=keep, reselect=method == "rest")
     gmacs = sum(block.idle_gmacs for block in idlefx.report(idle).blocks)

@@ -16,7 +16,10 @@ from idlefx.utils.files import whole_file
 
 Result = dict[str, Any]
 Runs = Callable[[str, int], Callable[[Tensor], dict[str, Tensor]]]
-COLOURS = {"rest": "C3", "pruned": "C1", "ToMe": "C2", "follow, 3 stages": "C0", "follow, 6 stages": "C4"}
+COLOURS = {
+    "rest": "C3", "pruned": "C1", "ToMe": "C2", "follow, 3 stages": "C0", "follow, 6 stages": "C4",
+    "follow, 6 stages, joined": "C6",
+}  # fmt: skip
 SHOWN = {"0.7": 1, "0.5": 3}  # the keep ratio of three stages: its level
 COLUMNS = ("follow, 3 stages", "rest", "pruned")
 SCENES = (0, 6, 13)

@@ -30,14 +30,15 @@ class PlanOptions:
             "stages" one ratio compounds: stage s keeps `keep ** (s + 1)` in every block of it.
         schedule: "stages" or "blocks".
         selector: Name of the token score; "auto" takes the logits of the class token, or of the mean query.
-        reselect: Whether a token that idles may work again in a later block.
+        reselect: Whether a token that idles may work again in a later block. Where tokens follow, False keeps those
+            together that are in one group: later stages join whole groups.
         multiple_of: P + K, the tokens that work, is raised to a multiple of it.
         prefix: Number of leading prefix tokens, or their positions; found if None.
         idle: What idle tokens do meanwhile: "rest", unchanged, or "follow" the worker most like them.
 
     Raises:
         PlanError: A value is of the wrong kind or out of its range, whatever the model; or the tokens follow, and it
-            is said how they are scored or that they may not return, which only resting knows.
+            is said how they are scored, which only resting knows.
     """
 
     layers: Sequence[int]
@@ -60,24 +61,15 @@ class PlanOptions:
             raise PlanError(f"plan: reselect={self.reselect!r} is neither True nor False")
         if not _is_whole(self.multiple_of) or self.multiple_of < 1:
             raise PlanError(f"plan: multiple_of={self.multiple_of!r} is no whole number from 1; 8 suits most kernels")
-        if self.idle == "follow":
-            self._check_following()
-        layers = _plain_layers(self.layers)
-        plain = {"layers": layers, "keep": _plain_keep(self.keep, len(layers)), "prefix": plain_prefix(self.prefix)}
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
-
-    def _check_following(self) -> None:
-        if self.selector != AUTO:
+        if self.idle == "follow" and self.selector != AUTO:
             raise PlanError(
                 f"plan: selector={self.selector!r} scores tokens that rest; with idle='follow' those idle that "
                 "are most like others, so leave the selector out, or take idle='rest'"
             )
-        if not self.reselect:
-            raise PlanError(
-                "plan: reselect=False lets no token return, but with idle='follow' every token is back at the end of "
-                "its stage; leave it out, or take idle='rest'"
-            )
+        layers = _plain_layers(self.layers)
+        plain = {"layers": layers, "keep": _plain_keep(self.keep, len(layers)), "prefix": plain_prefix(self.prefix)}
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which JSON keeps as it is."""

@@ -70,7 +70,8 @@ def convert(
             With "stages" one ratio compounds: stage s keeps `keep ** (s + 1)` in every block of it.
         schedule: "stages" or "blocks".
         selector: Name of the token score; "auto" takes the logits of the class token, or of the mean query.
-        reselect: Whether a token that idles may work again in a later block. False is pruning, for comparison.
+        reselect: Whether a token that idles may work again in a later block. False is pruning, for comparison; where
+            tokens follow, it keeps those together that are in one group: later stages join whole groups.
         multiple_of: Raise K until P + K, the tokens that work, is a multiple of it: 8 suits the tiles of GPU kernels.
         prefix: Number of leading prefix tokens, or their positions; found if None.
         idle: What idle tokens do meanwhile. "rest": they stay unchanged, as published; this wants fine-tuning.

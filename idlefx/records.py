@@ -83,6 +83,13 @@ class Block:
         """M, the tokens that may idle."""
         return self.tokens - len(self.prefix)
 
+    def prefix_among(self, kept: int) -> tuple[int, ...] | None:
+        """Where the prefix tokens stand among themselves and so many image tokens; None where that is not fixed."""
+        before = [position - place for place, position in enumerate(self.prefix)]  # image tokens in front of each
+        if not {0, self.image_tokens}.issuperset(before):
+            return None
+        return tuple(p if first == 0 else p - first + kept for p, first in zip(self.prefix, before, strict=True))
+
     @property
     def leading(self) -> int:
         """How many prefix tokens stand in front of all others."""
@@ -153,6 +160,7 @@ class Step:
         form: "affine" or "keys": how much of the keys the score has to compute; empty for other scores.
         opens: Whether it is decided anew here which tokens work. Where tokens follow, the blocks of a stage go on with
             the groups of the block before; the selector is empty there.
+        joins: Whether what is decided here is which groups of the block before join.
     """
 
     block: int
@@ -163,6 +171,7 @@ class Step:
     selector: str
     form: str = ""
     opens: bool = True
+    joins: bool = False
 
     @property
     def idles(self) -> bool:
@@ -177,7 +186,8 @@ class Plan(Sequence[Step]):
     Attributes:
         steps: One for each block that was named, directly or through its stage.
         blocks: The table that the steps refer to.
-        reselect: Whether a token that idles may work again in a later block.
+        reselect: Whether a token that idles may work again in a later block; where tokens follow, whether they part
+            again.
         multiple_of: What P + K was rounded up to a multiple of.
         idle: What idle tokens do: "rest" or "follow".
     """
@@ -212,6 +222,17 @@ class Plan(Sequence[Step]):
                 stages[-1].append(step)
         return tuple(map(tuple, stages))
 
+    @property
+    def chains(self) -> tuple[tuple[tuple[Step, ...], ...], ...]:
+        """The stages, together with those whose groups they join."""
+        chains: list[list[tuple[Step, ...]]] = []
+        for stage in self.stages:
+            if stage[0].joins:
+                chains[-1].append(stage)
+            else:
+                chains.append([stage])
+        return tuple(map(tuple, chains))
+
     def __str__(self) -> str:
         rows = [
             (s.block, s.path or "-", f"{s.keep:.3f}", f"{s.kept} of {s.tokens}", s.selector or "-", s.form or "-")
@@ -221,12 +242,17 @@ class Plan(Sequence[Step]):
         table = tabulate(rows, headers=head, disable_numparse=True)
         if self.multiple_of > 1:
             table += f"\nprefix and kept tokens together are rounded up to a multiple of {self.multiple_of}"
-        if self.idle == "follow" and self.stages:
-            table += f"\n{self.grouping}"
+        if self.idle == "follow":
+            return f"{table}\n{self.grouping}" if self.stages else table
         return table if self.reselect else table + "\na token that idles never works again (reselect=False)"
 
     @property
     def grouping(self) -> str:
         """Where tokens are grouped that follow, in words."""
-        opened = ", ".join(str(stage[0].block) for stage in self.stages)
-        return f"idle tokens follow the worker most like them; they are grouped anew at block {opened}"
+        anew, joined = ([s[0].block for s in self.stages if s[0].joins is joins] for joins in (False, True))
+        told = f"idle tokens follow the worker most like them; they are grouped anew at {_blocks(anew)}"
+        return f"{told}, and groups join at {_blocks(joined)} (reselect=False)" if joined else told
+
+
+def _blocks(indices: Sequence[int]) -> str:
+    return f"block{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"

@@ -1,11 +1,12 @@
 """Let idle tokens follow: run the blocks of each stage on the means of its groups, and hand back what became of them.
 
-1. At the start of a stage the groups are averaged.
+1. At the start of a stage the groups are averaged. Where they join groups of the stage before, they are formed of the
+   means as they are by then, and a mean counts as often as it has tokens.
 2. Its blocks are copied onto the means, one after the other; what they read by token position is taken where the
    worker stands, as `propagation` proved it, and once for all blocks that read the same.
 3. In every attention the logits of a key get the logarithm of how many tokens it stands for.
-4. At the end every token takes over what was added to its worker. What else reads the stream between two blocks reads
-   a copy restored in the same way.
+4. At the end every token takes over what was added to its worker, in all stages that were joined. What else reads the
+   stream between two blocks reads a copy restored in the same way.
 5. The dense blocks are removed, once all are rewritten: until then the positions of the others look unread.
 """
 
@@ -26,95 +27,132 @@ from idlefx.graph.memory import has_effect
 from idlefx.graph.notes import Made, Role, only_made_for
 from idlefx.graph.queries import argument, carries_tensors, remove_dead, tensor_argument
 from idlefx.records import Block, Plan, Step
+from idlefx.rewriting.likeness import add_groups
 from idlefx.rewriting.rebuilder import Rebuilder
+from idlefx.rewriting.selector_head import Head
 from idlefx.runtime import following
 
 aten = torch.ops.aten
 
 
 def follow_workers(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
-    """Rewrite the stages of the plan; their groups must be there (`group`)."""
+    """Rewrite the stages of the plan; the groups that join no others must be there (`group`)."""
     blocks = [plan.blocks[step.block] for steps in plan.stages for step in steps]
     opened = {block.index: dense for block, dense in zip(blocks, open_blocks(module.graph, blocks), strict=True)}
     # From the last to the first, so that a block's entry is still the node that the table names.
-    for steps in reversed(plan.stages):
-        _Stage(module.graph, plan, steps, opened).rewrite()
+    for stages in reversed(plan.chains):
+        _Chain(module.graph, plan, stages, opened).rewrite()
     remove_dead(module.graph)
     return module
 
 
 @dataclass
 class _Stage:
-    """Blocks that run on the same groups, one after the other.
+    """Groups, and what is known of them.
+
+    Attributes:
+        block: The block that opens the stage.
+        kept: Image tokens that work.
+        entry: What was averaged.
+        index: Positions of the workers among what was averaged.
+        positions: Positions of the workers among all tokens.
+        means: The means.
+        sizes: How many tokens each stands for.
+    """
+
+    block: Block
+    kept: int
+    entry: fx.Node
+    index: fx.Node
+    positions: fx.Node
+    means: fx.Node
+    sizes: fx.Node
+    reads: dict[Any, fx.Node] = field(default_factory=dict)  # what was read by position, for all blocks
+    terms: dict[Any, fx.Node] = field(default_factory=dict)  # what is added to logits, for all blocks
+
+    @property
+    def workers(self) -> Subset:
+        """The tokens that work."""
+        return Subset(self.positions, self.block.prefix, self.block.image_positions, self.kept)
+
+
+@dataclass
+class _Chain:
+    """Stages one after the other, of which each joins groups of the one before.
 
     Attributes:
         graph: The graph.
         plan: The plan.
-        steps: Those of the stage.
+        stages: The steps of each stage.
         opened: The blocks, by index.
     """
 
     graph: fx.Graph
     plan: Plan
-    steps: Sequence[Step]
+    stages: Sequence[Sequence[Step]]
     opened: dict[int, Opened]
-    _reads: dict[Any, fx.Node] = field(default_factory=dict)  # what was read by position, for all blocks
-    _terms: dict[Any, fx.Node] = field(default_factory=dict)  # what is added to logits, for all blocks
+    _begun: list[_Stage] = field(default_factory=list)  # the last one is under way
 
     def rewrite(self) -> None:
-        """Run the stage on the means of its groups."""
-        blocks = [self.plan.blocks[step.block] for step in self.steps]
-        dense = first = self.opened[blocks[0].index]
-        with self.graph.inserting_before(first.exit):
-            means = self._average(first.entry)
-        stream = means
-        for block, next_block in zip(blocks, [*blocks[1:], None], strict=True):
-            behind = self.opened[next_block.index] if next_block is not None else None
+        """Run the blocks on the means of the groups."""
+        steps = [step for stage in self.stages for step in stage]
+        dense = self.opened[steps[0].block]
+        entry = stream = dense.entry
+        for step, next_step in zip(steps, [*steps[1:], None], strict=True):
+            block = self.plan.blocks[step.block]
+            behind = self.opened[next_step.block] if next_step is not None else None
             readers = _readers(dense.exit, behind)
             with self.graph.inserting_before(dense.exit):
+                if step.opens:
+                    stream = self._average(step, dense, stream)
                 stream = self._work(block, dense, stream)
                 if readers:
-                    restored = self._restore(block, first.entry, means, stream)
-                    dense.exit.replace_all_uses_with(restored, readers.__contains__)
+                    dense.exit.replace_all_uses_with(self._restore(block, stream), readers.__contains__)
                     self._open_anew(readers)
             # What asks for sizes alone need not wait for the blocks.
-            dense.exit.replace_all_uses_with(first.entry, lambda user: not _reads_tokens(user))
+            dense.exit.replace_all_uses_with(entry, lambda user: not _reads_tokens(user))
             dense = behind or dense
 
     def _open_anew(self, readers: set[fx.Node]) -> None:
-        """Open the blocks of the stage again of which a node reads something else now."""
-        for step in self.steps:
-            if not readers.isdisjoint(self.opened[step.block].nodes):
-                (self.opened[step.block],) = open_blocks(self.graph, [self.plan.blocks[step.block]])
+        """Open the blocks of the chain again of which a node reads something else now."""
+        for stage in self.stages:
+            for step in stage:
+                if not readers.isdisjoint(self.opened[step.block].nodes):
+                    (self.opened[step.block],) = open_blocks(self.graph, [self.plan.blocks[step.block]])
 
-    @property
-    def _block(self) -> Block:
-        """The block that opens the stage."""
-        return self.plan.blocks[self.steps[0].block]
+    def _average(self, step: Step, dense: Opened, stream: fx.Node) -> fx.Node:
+        """Begin a stage."""
+        block, before = self.plan.blocks[step.block], self._begun[-1] if self._begun else None
+        if before is not None:
+            add_groups(Head(self.graph, block, dense, stream, before.workers), before.kept, step.kept)
+        index, order, leaders = self._groups(block, "index", "order", "leaders")
+        positions, stand_for = index, None
+        if before is not None:
+            found = (aten.gather.default, before.positions, 1, index)
+            positions, stand_for = self._add(block, *found, name="positions", role="positions"), before.sizes
+        given = (stream, index, order, leaders, block.token_dim, block.batch_dim, stand_for)
+        averages = self._add(block, following.average_groups, *given, name="averages", role="gather")
+        sizes = self._add(block, operator.getitem, averages, 1, name="sizes", role="sizes")
+        means = self._add(block, operator.getitem, averages, 0, name="means", role="gather")
+        self._begun.append(_Stage(block, step.kept, stream, index, positions, means, sizes))
+        return means
 
-    @property
-    def _dims(self) -> tuple[int, int]:
-        return self._block.token_dim, self._block.batch_dim
+    def _groups(self, block: Block, *roles: Role) -> tuple[fx.Node, ...]:
+        return tuple(only_made_for(self.graph, block.index, role) for role in roles)
 
-    def _made(self, role: Role) -> fx.Node:
-        return only_made_for(self.graph, self._block.index, role)
-
-    def _average(self, stream: fx.Node) -> fx.Node:
-        given = (stream, self._made("index"), self._made("order"), self._made("leaders"), *self._dims)
-        averages = self._add(self._block, following.average_groups, *given, name="averages", role="gather")
-        self._add(self._block, operator.getitem, averages, 1, name="sizes", role="sizes")
-        return self._add(self._block, operator.getitem, averages, 0, name="means", role="gather")
-
-    def _restore(self, block: Block, entry: fx.Node, means: fx.Node, stream: fx.Node) -> fx.Node:
-        groups = (self._made("index"), self._made("place"), self._made("order"), self._made("leaders"))
-        given = (entry, means, stream, *groups, *self._dims)
-        return self._add(block, following.restore_tokens, *given, name="restored", role="scatter")
+    def _restore(self, block: Block, stream: fx.Node) -> fx.Node:
+        """All tokens, each with what was added to its worker in all stages so far."""
+        for stage in reversed(self._begun):
+            groups = self._groups(stage.block, "index", "place", "order", "leaders")
+            given = (stage.entry, stage.means, stream, *groups, block.token_dim, block.batch_dim)
+            stream = self._add(block, following.restore_tokens, *given, name="restored", role="scatter")
+        return stream
 
     def _work(self, block: Block, dense: Opened, stream: fx.Node) -> fx.Node:
         """The block on the workers alone."""
-        chosen = Subset(self._made("index"), block.prefix, block.image_positions, self.steps[0].kept)
+        stage = self._begun[-1]
         name, note = f"idle_{block.index}_", Made(block.index, "work")
-        rebuild = Rebuilder(self.graph, dense.walk, chosen, {dense.entry: stream}, name, note, self._reads)
+        rebuild = Rebuilder(self.graph, dense.walk, stage.workers, {dense.entry: stream}, name, note, stage.reads)
         worked = rebuild(dense.exit)
         axes = [key_axis(dense.walk, core) for core in dense.cores]
         places = {node: place for place, node in enumerate(self.graph.nodes)}
@@ -139,12 +177,12 @@ class _Stage:
         inference.record(attention)
 
     def _term(self, like: fx.Node, axis: KeyAxis) -> fx.Node:
-        where = (axis.rank, axis.dim, axis.batch_dim, axis.copies)
+        stage, where = self._begun[-1], (axis.rank, axis.dim, axis.batch_dim, axis.copies)
         key = (like.meta["val"].dtype, *where)
-        if key not in self._terms:
-            given = (self._made("sizes"), like, *where)
-            self._terms[key] = self._add(self._block, following.size_term, *given, name="term", role="work")
-        return self._terms[key]
+        if key not in stage.terms:
+            given = (stage.sizes, like, *where)
+            stage.terms[key] = self._add(stage.block, following.size_term, *given, name="term", role="work")
+        return stage.terms[key]
 
     def _add(self, block: Block, target: Any, *args: Any, name: str, role: Role) -> fx.Node:
         like, note = next(n for n in args if isinstance(n, fx.Node)), Made(block.index, role)

@@ -4,34 +4,24 @@
    them (B, N), the positions of the workers and then of the others (B, N), and for each of the others the place of its
    worker (B, I); notes tell them.
 2. Likeness is taken on what the block's attention projects; what the class token attends to is less likely to idle.
-3. Nothing reads the groups yet, so nothing changes.
+3. Nothing reads the groups yet, so nothing changes. Groups that join others need what these become: `follow` forms
+   them.
 """
-
-import operator
 
 from torch import fx
 
 from idlefx.analysis.blocks import open_blocks
-from idlefx.graph.notes import Role
 from idlefx.records import Plan
-from idlefx.rewriting.likeness import class_logits, normalised_input
+from idlefx.rewriting.likeness import add_groups
 from idlefx.rewriting.selector_head import Head
-from idlefx.runtime import following, nearest
-
-ROLES: tuple[Role, ...] = ("index", "place", "order", "leaders")  # of what `group_tokens` returns
 
 
 def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Insert the groups of the plan's stages."""
     graph = module.graph
-    steps = [step for step, *_ in plan.stages]
+    steps = [first[0] for first, *_ in plan.chains]
     blocks = [plan.blocks[step.block] for step in steps]
     for step, block, opened in zip(steps, blocks, open_blocks(graph, blocks), strict=True):
         with graph.inserting_before(opened.exit):
-            head = Head(graph, block, opened)
-            evidence = (normalised_input(head), class_logits(head))
-            told = (*evidence, block.prefix, step.kept, nearest.anchors(step.tokens, step.kept))
-            groups = head.add(following.group_tokens, *told, name="groups", role="choice")
-            for place, role in enumerate(ROLES):
-                head.add(operator.getitem, groups, place, name=role, role=role)
+            add_groups(Head(graph, block, opened), step.tokens, step.kept)
     return module

@@ -29,7 +29,7 @@ def shorten_query(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         for query in made_for(graph, block.index, "query"):
             _take_over(query, leading)
     remove_dead(graph)
-    for scatter, block in scatters.items():
+    for scatter, block in reversed(scatters.items()):  # what is put back may have been put together of others
         _read_worked(scatter, block)
     remove_dead(graph)
     return module

@@ -45,9 +45,10 @@ def test_converted_equals_the_reference(name):
     assert any(map(compare, range(5))), "rounding decides who follows whom"
 
 
-def check(config: Config, layers: list[int], keep: float | list[float]) -> bool:
+def check(config: Config, layers: list[int], keep: float | list[float], reselect: bool = True) -> bool:
     """Hold a conversion of a generated model against its reference; False where rounding decides."""
-    plan = {"layers": layers, "keep": keep, "idle": "follow", "example_inputs": inputs(config, 2, seed=9)}
+    plan = {"layers": layers, "keep": keep, "reselect": reselect, "idle": "follow"}
+    plan["example_inputs"] = inputs(config, 2, seed=9)
     if words := habits.refusal_of(config):
         with pytest.raises(idlefx.IdleFxError, match=words):
             idlefx.convert(habits.given(config), **plan)
@@ -103,7 +104,8 @@ def test_any_spelling_equals_its_reference(part):
     def converts(data: st.DataObject) -> None:
         config = data.draw(configs(), label="config")
         layers = data.draw(st.sets(st.sampled_from(range(config.depth)), min_size=1), label="layers")
-        compared.append(check(config, sorted(layers), data.draw(st.integers(17, 95), label="keep") / 100))
+        keep, reselect = data.draw(st.integers(17, 95), label="keep") / 100, data.draw(st.booleans(), label="reselect")
+        compared.append(check(config, sorted(layers), keep, reselect))
 
     seed(part)(converts)()
     assert sum(compared) >= 0.8 * len(compared), "rounding decided too often"
@@ -123,7 +125,7 @@ def test_a_stage_ends_where_prefix_tokens_join():
     config = Config(place="late", positions="none")
     idle = idlefx.convert(build_generated(config), [0], 0.5, idle="follow", example_inputs=inputs(config, 2))
     assert [(step.block, step.opens) for step in idle.plan] == [(0, True), (1, False), (2, True)]
-    assert "they are grouped anew at block 0, 2" in str(idle.plan)
+    assert "they are grouped anew at blocks 0, 2" in str(idle.plan)
 
 
 def test_with_exact_blocks_each_groups_anew():
@@ -184,7 +186,7 @@ def test_there_is_no_cut_loss_of_tokens_that_follow():
 
 def test_report_says_what_idle_tokens_do_and_what_that_asks_for():
     _, idle = converted("vit")
-    assert str(idlefx.report(idle)).endswith("they are grouped anew at block 0, 2")
+    assert str(idlefx.report(idle)).endswith("they are grouped anew at blocks 0, 2")
     _, resting = converted("vit", idle="rest")
     assert "rest, which wants fine-tuning" in str(idlefx.report(resting)).splitlines()[-1]
     with torch.no_grad():

@@ -131,8 +131,10 @@ def test_nearest_workers_can_be_built():
     assert build(triton_kernels.nearest_kernel, types, constants, num_warps=4)
 
 
+@pytest.mark.parametrize("joins", [False, True], ids=["tokens", "means"])
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp16"])
-def test_means_of_groups_can_be_built(kind):
+def test_means_of_groups_can_be_built(kind, joins):
     types = {**typed("x means", f"*{kind}"), **typed("order leaders", "*i64"), "sizes": "*fp32"}
     types |= typed("x_image x_token working idle", "i32")
-    assert build(triton_kernels.average_kernel, types, {**TILES, "x_feature": 1}, num_warps=4)
+    types, given = (types | {"stand_for": "*fp32"}, {}) if joins else (types, {"stand_for": None})
+    assert build(triton_kernels.average_kernel, types, {**TILES, **given, "x_feature": 1}, num_warps=4)

@@ -58,7 +58,6 @@ def test_numbers_and_lists_of_other_libraries_become_plain():
         ({"layers": [1], "keep": 0.5, "selector": None}, "selector=None is no name"),
         ({"layers": [1], "keep": 0.5, "idle": "sleep"}, "unknown idle='sleep'; idle tokens either rest or follow"),
         ({"layers": [1], "keep": 0.5, "idle": "follow", "selector": "mean"}, "selector='mean' scores tokens that rest"),
-        ({"layers": [1], "keep": 0.5, "idle": "follow", "reselect": False}, "every token is back at the end of its"),
     ],
 )
 def test_what_no_model_could_do_is_refused_without_one(told, words):

@@ -31,7 +31,7 @@ PLAN: Mapping[str, Mapping[str, Any]] = {
     },
     "reselect": {
         "action": argparse.BooleanOptionalAction,
-        "help": "let idle tokens be chosen again in later blocks",
+        "help": "let idle tokens be chosen again in later blocks, or where they follow, be grouped anew",
     },
     "multiple_of": {
         "type": int, "metavar": "NUMBER",

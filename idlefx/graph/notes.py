@@ -12,8 +12,8 @@ KEY = "idlefx"
 LAYER = "idlefx_layer"  # where it stands on a node that calls a layer which one is
 
 Role = Literal[
-    "score", "class token", "query", "choice", "index", "place", "order", "leaders", "sizes", "gather", "work",
-    "scatter", "cut loss",
+    "score", "class token", "query", "choice", "index", "place", "order", "leaders", "sizes", "positions", "gather",
+    "work", "scatter", "cut loss",
 ]  # fmt: skip
 
 
@@ -26,8 +26,9 @@ class Made:
         role: What the node is there for. "score" and "class token" belong to the scores of all tokens and to what is
             computed of the class token alone, "query" is the linear layer of the class token's query; "choice" chooses,
             "index" and "place" are its two results. Where tokens follow, "order" and "leaders" are two more, and
-            "sizes" are those of the groups. "gather", "work" and "scatter" are the block on the tokens that work; "cut
-            loss" is the block's token cut loss.
+            "sizes" are those of the groups; where groups join, positions and places are those among the tokens that
+            worked in the block before, and "positions" are those among all tokens. "gather", "work" and "scatter" are
+            the block on the tokens that work; "cut loss" is the block's token cut loss.
         stands_for: Name of the dense node that it computes for other tokens; empty where it stands for none.
     """
 

@@ -30,7 +30,7 @@ def make_plan(blocks: BlockTable, options: PlanOptions) -> Plan:
     if options.idle == "follow":
         steps = _in_groups(blocks, steps, options)
     plan = Plan(steps, blocks, options.reselect, options.multiple_of, options.idle)
-    if not options.reselect:
+    if not options.reselect and options.idle == "rest":
         _check_pruning(plan)
     return plan
 
@@ -82,14 +82,29 @@ def _step(blocks: BlockTable, index: int, ratio: float, options: PlanOptions) ->
 
 
 def _in_groups(blocks: BlockTable, steps: tuple[Step, ...], options: PlanOptions) -> tuple[Step, ...]:
-    """Tell which blocks go on with the groups of the block before, and which group anew."""
+    """Tell which blocks go on with the groups of the block before, which join some of them, and which group anew."""
     grouped: list[Step] = []
     for step in steps:
-        listed = step.block in options.layers
-        goes_on = not listed and bool(grouped) and continues(blocks, grouped[-1].block, step.block)
-        score = "" if goes_on else "likeness"
-        grouped.append(replace(step, opens=not goes_on, selector=score, form="" if goes_on else step.form))
+        listed, before = step.block in options.layers, grouped[-1] if grouped else None
+        continued = before is not None and continues(blocks, before.block, step.block)
+        goes_on = continued and not listed
+        joins = False
+        if before is not None and continued and listed and not options.reselect and before.idles:
+            _check_joining(before, step)
+            goes_on = step.kept == before.kept
+            joins = not goes_on and blocks[step.block].prefix_among(before.kept) is not None
+        score, form = ("", "") if goes_on else ("likeness", step.form)
+        grouped.append(replace(step, opens=not goes_on, joins=joins, selector=score, form=form))
     return tuple(grouped)
+
+
+def _check_joining(before: Step, step: Step) -> None:
+    if step.kept > before.kept:
+        raise PlanError(
+            f"plan: with reselect=False groups only join, so block {step.block} ({step.path or 'no path'}) cannot work "
+            f"on {step.kept} image tokens where block {before.block} works on {before.kept}; lower its keep ratio, or "
+            "let groups part, with reselect=True"
+        )
 
 
 def continues(blocks: BlockTable, before: int, block: int) -> bool:
@@ -109,7 +124,9 @@ def fits(plan: Plan, blocks: BlockTable) -> bool:
     """Whether a plan can be carried out on blocks other than those it was made for, such as those of train mode."""
     same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
     return same and all(
-        blocks[step.block].can_idle and (step.opens or continues(blocks, step.block - 1, step.block)) for step in plan
+        blocks[step.block].can_idle
+        and ((step.opens and not step.joins) or continues(blocks, step.block - 1, step.block))
+        for step in plan
     )
 
 

@@ -1,11 +1,16 @@
-"""Build what tokens are grouped by: the tokens as the attention sees them, and what the class token makes of them."""
+"""Group tokens: by what the attention sees of them, and what the class token makes of them."""
+
+import operator
 
 import torch
 from torch import fx
 
+from idlefx.graph.notes import Role
 from idlefx.graph.sizes import shape_of
 from idlefx.rewriting.selector_head import Head
-from idlefx.runtime import ops
+from idlefx.runtime import following, nearest, ops
+
+ROLES: tuple[Role, ...] = ("index", "place", "order", "leaders")  # of what `group_tokens` returns
 
 aten = torch.ops.aten
 
@@ -18,6 +23,21 @@ _ARITHMETIC = {
     aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.clamp_min.default, aten.clamp.default,
     aten.expand_as.default, aten.to.dtype, aten._to_copy.default, aten.contiguous.default,
 }  # fmt: skip
+
+
+def add_groups(head: Head, tokens: int, kept: int) -> None:
+    """Form groups at a block.
+
+    Args:
+        head: That of the block.
+        tokens: Image tokens there are.
+        kept: K, those of them that work.
+    """
+    evidence = (normalised_input(head), class_logits(head))
+    told = (*evidence, head.prefix, kept, nearest.anchors(tokens, kept))
+    groups = head.add(following.group_tokens, *told, name="groups", role="choice")
+    for place, role in enumerate(ROLES):
+        head.add(operator.getitem, groups, place, name=role, role=role)
 
 
 def normalised_input(head: Head) -> fx.Node:
@@ -39,7 +59,7 @@ def normalised_input(head: Head) -> fx.Node:
     for node in head.opened.nodes:
         if node in normalised and walk[node] == walk[entry] and not inside.issuperset(node.users):
             return head.tokens_first(head.all_tokens(node))
-    return head.tokens_first(entry)
+    return head.tokens_first(head.all_tokens(entry))
 
 
 def _is_per_feature(operand: fx.Node) -> bool:

@@ -35,16 +35,29 @@ aten = torch.ops.aten
 
 
 class Head:
-    """The selector head of one block, built at the graph's insertion point."""
+    """The selector head of one block, built at the graph's insertion point.
 
-    def __init__(self, graph: fx.Graph, block: Block, opened: Opened) -> None:
+    Args:
+        graph: The graph.
+        block: The block.
+        opened: The same, as nodes.
+        stream: What enters the block, if it is not all tokens.
+        subset: Which tokens these are; None for all of them.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, block: Block, opened: Opened, stream: fx.Node | None = None, subset: Subset | None = None
+    ) -> None:
         self.graph, self.block, self.opened, self.walk = graph, block, opened, opened.walk
+        self.stream = stream if stream is not None else opened.entry
+        self.prefix = block.prefix if subset is None else block.prefix_among(subset.kept) or ()
+        self.class_token = None if block.class_token is None else self.prefix[block.prefix.index(block.class_token)]
         self.name = f"idle_{block.index}_"
         note = Made(block.index, "score")
         copies = {note.stands_for: node for node, note in self._copies()}
         known = {node: copies[node.name] for node in self.walk.layouts if node.name in copies}
-        mapping = {opened.entry: opened.entry, **known}
-        self.all_tokens = Rebuilder(graph, self.walk, None, mapping, f"{self.name}score_", note)
+        mapping = {opened.entry: self.stream, **known}
+        self.all_tokens = Rebuilder(graph, self.walk, subset, mapping, f"{self.name}score_", note)
 
     def _copies(self) -> Iterator[tuple[fx.Node, Made]]:
         """What an earlier head of this block has computed of all tokens, which need not be computed again."""
@@ -81,12 +94,12 @@ class Head:
 
     def _evidence(self, name: str, selector: str) -> Any:
         if name == "x":
-            return self.tokens_first(self.opened.entry)
+            return self.tokens_first(self.stream)
         if name == "query":
             return self._query(selector)
         if name in ("q", "k"):
             return self._heads(self.all_tokens, keys=name == "k")
-        return {"prefix": self.block.prefix, "block": self.block.index}[name]
+        return {"prefix": self.prefix, "block": self.block.index}[name]
 
     def tokens_first(self, stream: fx.Node) -> fx.Node:
         """Something laid out as the stream, as (B, N, C)."""
@@ -96,16 +109,13 @@ class Head:
         return stream if straight else self.add(aten.permute.default, stream, [*order, rest], name="x")
 
     def _query(self, selector: str) -> fx.Node:
-        position = self.block.class_token
-        if position is None or selector == "mean":
-            return self.add(
-                ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.block.prefix, 2, name="query"
-            )
+        if self.class_token is None or selector == "mean":
+            return self.add(ops.mean_tokens, self._heads(self.all_tokens, keys=False), self.prefix, 2, name="query")
         return self._joined([self.class_query(core) for core in self.opened.cores])
 
     def class_query(self, core: Core) -> fx.Node:
         """The class token's query in one core (B, H, 1, D)."""
-        position = self.block.class_token
+        position = self.class_token
         assert position is not None
         if not self._is_nested():
             return self.heads_of(core, self._class_token, keys=False)
@@ -115,14 +125,14 @@ class Head:
     @cached_property
     def _class_token(self) -> Rebuilder:
         """Copies nodes of the block onto the class token alone."""
-        position, entry, dim = self.block.class_token, self.opened.entry, self.block.token_dim
-        assert position is not None
+        place, position, stream, dim = self.class_token, self.block.class_token, self.stream, self.block.token_dim
+        assert place is not None and position is not None
         role: Role = "class token"
-        token = self.add(aten.slice.Tensor, entry, dim, position, position + 1, name="class_token", role=role)
-        index = self.add(ops.fixed_tokens, entry, (position,), self.block.batch_dim, name="class_index", role=role)
+        token = self.add(aten.slice.Tensor, stream, dim, place, place + 1, name="class_token", role=role)
+        index = self.add(ops.fixed_tokens, stream, (position,), self.block.batch_dim, name="class_index", role=role)
         alone = Subset(index, (position,), (), 0)
         note = Made(self.block.index, role)
-        return Rebuilder(self.graph, self.walk, alone, {entry: token}, f"{self.name}class_", note)
+        return Rebuilder(self.graph, self.walk, alone, {self.opened.entry: token}, f"{self.name}class_", note)
 
     def _is_nested(self) -> bool:
         """Whether an attention stands in front of another's query, which then needs all tokens and not its own."""
@@ -240,9 +250,9 @@ class Head:
         return [dim[0].role for dim in self.walk[rows.linear]].index("tokens")
 
     def _one_token(self, given: fx.Node, dim: int, selector: str) -> fx.Node:
-        position = self.block.class_token
+        position = self.class_token
         if selector != "class" or position is None:
-            one = self.add(ops.mean_tokens, self.all_tokens(given), self.block.prefix, dim, name="mean")
+            one = self.add(ops.mean_tokens, self.all_tokens(given), self.prefix, dim, name="mean")
         elif self._is_nested():
             one = self.add(aten.slice.Tensor, self.all_tokens(given), dim, position, position + 1, name="one")
         else:

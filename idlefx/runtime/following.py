@@ -54,7 +54,13 @@ def group_tokens(
 
 
 def average_groups(
-    x: Tensor, workers: Tensor, order: Tensor, leaders: Tensor, dim: int = 1, batch_dim: int = 0
+    x: Tensor,
+    workers: Tensor,
+    order: Tensor,
+    leaders: Tensor,
+    dim: int = 1,
+    batch_dim: int = 0,
+    stand_for: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mean of each group of tokens, and how many there are of them.
 
@@ -65,6 +71,7 @@ def average_groups(
         leaders: For each idle one the place of its worker (B, I).
         dim: The token dimension.
         batch_dim: The batch dimension.
+        stand_for: How many tokens each token stands for, being the mean of a group itself (B, N); one each if None.
 
     Returns:
         `x` with W entries along `dim`, summed in single precision or better; and the sizes of the groups (B, W).
@@ -74,11 +81,16 @@ def average_groups(
     tokens = x.expand(full).movedim((batch_dim, dim), (0, 1))
     if not torch.is_grad_enabled() and ops.runs_kernels(tokens):
         try:
-            means, sizes = torch.ops.idlefx.average_groups(tokens, order, leaders)
+            means, sizes = torch.ops.idlefx.average_groups(tokens, order, leaders, stand_for)
             return means.movedim((0, 1), (batch_dim, dim)), sizes
         except ops.BUILD_ERRORS as error:
             ops.do_without(tokens.device, error)
-    sizes = 1 + _followed(workers, leaders, torch.float32).sum(-1)
+    if stand_for is None:
+        sizes = 1 + _followed(workers, leaders, torch.float32).sum(-1)
+    else:
+        each = stand_for.unsqueeze(-1)
+        sizes = _sums(each, workers, order, leaders).squeeze(-1)
+        tokens = tokens * each
     means = _sums(tokens, workers, order, leaders) / sizes.unsqueeze(-1)
     return means.to(x.dtype).movedim((0, 1), (batch_dim, dim)), sizes
 

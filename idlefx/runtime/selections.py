@@ -56,8 +56,14 @@ def _decided(idle: IdleModule, args: Any, kwargs: Any) -> dict[int, tuple[torch.
     flat = conversion_of(idle).calls.flat(args, without_labels(kwargs, conversion_of(idle).loss))
     with torch.no_grad(), buffers_kept(idle):
         recorder.run(*flat, enable_io_processing=False)
-    decided = {block: (recorder.seen[index], recorder.seen[place]) for block, (index, place) in opened.items()}
-    return {step.block: decided[stage[0].block] for stage in stages for step in stage}
+    decided: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for stage in stages:
+        index, place = (recorder.seen[node] for node in opened[stage[0].block])
+        if stage[0].joins:  # these are positions among the workers of the block before
+            workers, places = decided[stage[0].block - 1]
+            index, place = workers.gather(1, index), place.gather(1, places)
+        decided |= {step.block: (index, place) for step in stage}
+    return decided
 
 
 class _Recorder(fx.Interpreter):

@@ -126,7 +126,7 @@ def nearest_kernel(
 
 @triton.jit
 def average_kernel(
-    x, order, leaders, means, sizes, x_image, x_token, x_feature, working, idle,
+    x, stand_for, order, leaders, means, sizes, x_image, x_token, x_feature, working, idle,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Some features of some groups of one image: the idle tokens, a few at a time, are added where they follow."""
@@ -139,12 +139,18 @@ def average_kernel(
     token = tl.load(order + slot, mask=here, other=0)
     sums = tl.load(x + token[:, None] * x_token, mask=here[:, None] & known[None, :], other=0.0).to(tl.float32)
     size = tl.full((ROWS,), 1.0, tl.float32)
+    if stand_for is not None:
+        stand_for += image * (working + idle)
+        size = tl.load(stand_for + token, mask=here, other=1.0)
+        sums *= size[:, None]
     for start in range(0, idle, OTHERS):
         place = start + tl.arange(0, OTHERS)
         real = place < idle
         leader = tl.load(leaders + image * idle + place, mask=real, other=-1)
         follows = (slot[:, None] == leader[None, :]).to(tl.float32)
         idler = tl.load(order + working + place, mask=real, other=0)
+        if stand_for is not None:
+            follows *= tl.load(stand_for + idler, mask=real, other=0.0)[None, :]
         tokens = tl.load(x + idler[:, None] * x_token, mask=real[:, None] & known[None, :], other=0.0).to(tl.float32)
         sums = tl.dot(follows, tokens, sums, input_precision="ieee")
         size += tl.sum(follows, 1)

@@ -94,20 +94,21 @@ def nearest_workers(unit: Tensor, order: Tensor, working: int, leading: int) -> 
 
 
 @triton_op("idlefx::average_groups", mutates_args=())
-def average_groups(x: Tensor, order: Tensor, leaders: Tensor) -> tuple[Tensor, Tensor]:
+def average_groups(x: Tensor, order: Tensor, leaders: Tensor, stand_for: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `following.average_groups`; tokens are (B, N, C), in any order in memory.
 
     Returns:
         Means (B, W, C) and sizes (B, W).
     """
     order, leaders = order.contiguous(), leaders.contiguous()
+    stand_for = None if stand_for is None else stand_for.contiguous()
     (images, tokens, width), idle = x.shape, leaders.shape[1]
     working = tokens - idle
     means = torch.empty((images, working, width), dtype=x.dtype, device=x.device)
     sizes = torch.empty((images, working), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         wrap_triton(average_kernel)[(images, triton.cdiv(working, ROWS), triton.cdiv(width, FEATURES))](
-            x, order, leaders, means, sizes, *x.stride(), working, idle,
+            x, stand_for, order, leaders, means, sizes, *x.stride(), working, idle,
             WIDTH=width, ROWS=ROWS, OTHERS=OTHERS, FEATURES=FEATURES, num_warps=4,
         )  # fmt: skip
     return means, sizes

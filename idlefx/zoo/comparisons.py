@@ -66,7 +66,8 @@ def compare_following(
     model: nn.Module, idle: IdleModule, table: BlockTable, batches: Sequence[Inputs]
 ) -> FollowingComparison:
     """Hold a model whose tokens follow against the reference, on the first batch in which no choice is a near tie."""
-    plan = [Stage(steps[0].block, steps[-1].block + 1, steps[0].kept) for steps in idle.plan.stages]
+    stages = idle.plan.stages
+    plan = [Stage(steps[0].block, steps[-1].block + 1, steps[0].kept, steps[0].joins) for steps in stages]
     paths = [block.path for block in table]
     for ties, batch in enumerate(batches):
         tokens = _tokens(model, table, batch)

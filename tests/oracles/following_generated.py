@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from idlefx.zoo.reference.first_norm import first_norm
-from idlefx.zoo.reference.groups import Groups, Passage, Result, Stage, class_attention, group
+from idlefx.zoo.reference.groups import Groups, Passage, Result, Stage, class_attention, group, join
 from tests.models.generated.attention import Attention
 from tests.models.generated.vit import ViT
 from tests.oracles import generated_reference
@@ -23,7 +23,7 @@ def run(model: ViT, plan: Sequence[Stage], inputs: tuple[Tensor, ...], *, gradie
     """
     config = model.config
     groups: dict[int, Groups] = {}
-    passages: dict[Stage, Passage] = {}
+    passages: list[Passage] = []  # the one under way is the last
     stage_of = {index: stage for stage in plan for index in range(stage.first, stage.end)}
 
     def images_first(x: Tensor) -> Tensor:
@@ -34,14 +34,16 @@ def run(model: ViT, plan: Sequence[Stage], inputs: tuple[Tensor, ...], *, gradie
         if stage is None or stage.kept == config.image_tokens:
             return block(x, *context)
         if index == stage.first:
-            groups[index] = _grouped(model, index, stage.kept, x, context)
-            passages[stage] = Passage(groups[index], images_first(x))
+            before = passages[-1] if stage.joins else None
+            entry = x if before is None else images_first(before.stream)
+            groups[index] = _grouped(model, index, stage.kept, entry, context, before)
+            passages.append(Passage(groups[index], images_first(x)))
 
         def worked(stream: Tensor, sizes: Tensor) -> Tensor:
             out, *_ = generated_reference.run_block(block, images_first(stream), context, sizes > 0, sizes)
             return images_first(out)
 
-        return images_first(passages[stage].through(images_first(x), worked))
+        return images_first(passages[-1].through(images_first(x), worked))
 
     with patch.object(model, "through", through), torch.set_grad_enabled(gradients):
         output = model(*inputs)
@@ -49,8 +51,8 @@ def run(model: ViT, plan: Sequence[Stage], inputs: tuple[Tensor, ...], *, gradie
 
 
 @torch.no_grad()
-def _grouped(model: ViT, index: int, kept: int, x: Tensor, context: Context) -> Groups:
-    """The grouping at a block that begins with the tokens x (B, N, C) or (N, B, C)."""
+def _grouped(model: ViT, index: int, kept: int, x: Tensor, context: Context, before: Passage | None = None) -> Groups:
+    """The grouping at a block that begins with x (B, N, C) or (N, B, C): all tokens, or the workers there are."""
     config, block = model.config, model.blocks[index]
     normalised = first_norm(x, lambda: block(x.clone(), *context))
     likeness = x if normalised is None else normalised
@@ -63,7 +65,8 @@ def _grouped(model: ViT, index: int, kept: int, x: Tensor, context: Context) -> 
     cores = len(attentions)
     scaled = zip(q.chunk(cores, 1), k.chunk(cores, 1), map(scale_of, attentions), strict=True)
     received = class_attention(scaled, config.class_at(index))
-    return group(likeness, received, kept, config.prefix_at(index))
+    evidence = (likeness, received, kept, config.prefix_at(index))
+    return group(*evidence) if before is None else join(before.groups, *evidence)
 
 
 def scale_of(attention: Attention) -> Tensor | float:

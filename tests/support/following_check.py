@@ -12,7 +12,7 @@ CLEAR = 1e-5  # a narrower choice is decided by rounding
 
 
 def stages_of(idle: idlefx.IdleModule) -> list[Stage]:
-    return [Stage(steps[0].block, steps[-1].block + 1, steps[0].kept) for steps in idle.plan.stages]
+    return [Stage(steps[0].block, steps[-1].block + 1, steps[0].kept, steps[0].joins) for steps in idle.plan.stages]
 
 
 def groups_alike(idle: idlefx.IdleModule, x: tuple[torch.Tensor, ...], expected: following.Result) -> bool:

@@ -79,15 +79,16 @@ def groups(rounds: int, away: int = 0) -> dict[str, float]:
         leaders, place = nearest.nearest_workers(unit, order, working, prefix)
         x = x.to(draw.choice(KINDS))
         x = x if draw.random() < 0.5 else x.transpose(0, 1).contiguous().transpose(0, 1)
+        stand_for = draw.choice([None, torch.randint(1, 9, (images, tokens)).float()])
         wanted = (
             leaders, place, nearest.likeness_to_anchors(unit, prefix, spread),
-            *following.average_groups(x, order[:, :working], order, leaders),
+            *following.average_groups(x, order[:, :working], order, leaders, stand_for=stand_for),
         )  # fmt: skip
         _, bound, _, back, modulus = spread
         found = (
             *torch.ops.idlefx.nearest_workers(unit, order, working, leading + away),
             torch.ops.idlefx.likeness_to_anchors(unit, leading + away, bound, back, modulus),
-            *torch.ops.idlefx.average_groups(x, order, leaders if not away else leaders * 0),
+            *torch.ops.idlefx.average_groups(x, order, leaders if not away else leaders * 0, stand_for),
         )
         for name, a, b in zip(worst, wanted, found, strict=True):
             apart = (a != b).sum() if name in ("leaders", "places") else (a.float() - b.float()).abs().max()

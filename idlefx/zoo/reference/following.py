@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from idlefx.zoo.reference.first_norm import first_norm
-from idlefx.zoo.reference.groups import Groups, Passage, Result, Stage, class_attention, group
+from idlefx.zoo.reference.groups import Groups, Passage, Result, Stage, class_attention, group, join
 from idlefx.zoo.reference.resting import Attention, Tokens
 
 
@@ -54,10 +54,11 @@ def run(
         ValueError: Something writes the stream inside a stage, or a block opens one and runs no known attention.
     """
     groups: dict[int, Groups] = {}
+    passages: list[Passage] = []  # the one under way is the last
     with ExitStack() as stack:
         for stage in plan:
             blocks = [model.get_submodule(path) for path in paths[stage.first : stage.end]]
-            forwards = _following(blocks, stage, tokens[paths[stage.first]], groups)
+            forwards = _following(blocks, stage, tokens[paths[stage.first]], groups, passages)
             for block, forward in zip(blocks, forwards, strict=True):
                 stack.enter_context(patch.object(block, "forward", forward))
         output = call()
@@ -65,18 +66,18 @@ def run(
 
 
 def _following(
-    blocks: Sequence[nn.Module], stage: Stage, tokens: Tokens, groups: dict[int, Groups]
+    blocks: Sequence[nn.Module], stage: Stage, tokens: Tokens, groups: dict[int, Groups], passages: list[Passage]
 ) -> list[Callable[..., Any]]:
     """What the blocks of one stage do instead."""
-    passages: list[Passage] = []  # the one under way
 
     def forward_of(dense: Callable[..., Any], opens: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             entry = Stream((args, kwargs))
             x = entry.value
             if opens:
-                groups[stage.first] = _grouped(dense, entry, stage.kept, tokens)
-                passages[:] = [Passage(groups[stage.first], x)]
+                before = passages[-1] if stage.joins else None
+                groups[stage.first] = _grouped(dense, entry, stage.kept, tokens, before)
+                passages.append(Passage(groups[stage.first], x))
             if stage.kept == x.shape[1] - len(tokens.prefix):
                 return dense(*args, **kwargs)
             exits: list[Stream] = []
@@ -87,7 +88,7 @@ def _following(
                     exits.append(Stream(dense(*moved, **named), x.shape))
                 return exits[0].value
 
-            restored = passages[0].through(x, block)
+            restored = passages[-1].through(x, block)
             return exits[0].replaced(restored)
 
         return forward
@@ -95,9 +96,9 @@ def _following(
     return [forward_of(block.forward, place == 0) for place, block in enumerate(blocks)]
 
 
-def _grouped(dense: Callable[..., Any], entry: Stream, kept: int, tokens: Tokens) -> Groups:
-    """The grouping that a block begins with."""
-    x = entry.value
+def _grouped(dense: Callable[..., Any], entry: Stream, kept: int, tokens: Tokens, before: Passage | None) -> Groups:
+    """The grouping that a block begins with; where it joins groups, of what they are by then."""
+    x = entry.value if before is None else before.stream
     args, kwargs = entry.replaced(x)  # as they were
     normalised = first_norm(x, lambda: dense(*args, **kwargs))
     with Attention(*x.shape[:2]) as attention:
@@ -105,4 +106,5 @@ def _grouped(dense: Callable[..., Any], entry: Stream, kept: int, tokens: Tokens
     if not attention.found:
         raise ValueError("the block runs no attention that the reference recognises")
     received = class_attention(attention.found, tokens.class_token)
-    return group(x if normalised is None else normalised, received, kept, tokens.prefix)
+    evidence = (x if normalised is None else normalised, received, kept, tokens.prefix)
+    return group(*evidence) if before is None else join(before.groups, *evidence)

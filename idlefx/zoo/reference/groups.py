@@ -21,11 +21,15 @@ ATTENDED = 0.1  # what the attention that a token receives counts for, beside a 
 
 
 class Stage(NamedTuple):
-    """Blocks `first` to `end` - 1 run on one grouping, with so many image tokens as workers."""
+    """Blocks `first` to `end` - 1 run on one grouping, with so many image tokens as workers.
+
+    Where it joins, the groups are those of the stage before, of which some have joined others.
+    """
 
     first: int
     end: int
     kept: int
+    joins: bool = False
 
 
 class Groups(NamedTuple):
@@ -106,6 +110,28 @@ def group(likeness: Tensor, received: Tensor | None, kept: int, prefix: tuple[in
     return Groups(leaders, torch.minimum(gaps.amin(1), ordered[:, idling - 1] - ordered[:, idling]))
 
 
+def join(before: Groups, likeness: Tensor, received: Tensor | None, kept: int, prefix: tuple[int, ...]) -> Groups:
+    """Choose which groups join: the workers are grouped, and who follows one follows whom it follows.
+
+    Args:
+        before: The groups there are.
+        likeness: What workers are compared by, (B, N, C); of other tokens it means nothing.
+        received: Attention that the class token pays to each worker, (B, N); None without one.
+        kept: Workers that are left among the image tokens, K.
+        prefix: Positions that always work and that nobody follows.
+    """
+    leaders, margins = before.leaders.clone(), []
+    for image, led in enumerate(before.leaders):
+        workers = led.unique()
+        among = tuple(workers.tolist().index(p) for p in prefix)
+        paid = None if received is None else received[image, workers][None]
+        joined = group(likeness[image, workers][None], paid, kept, among)
+        goes_to = torch.zeros_like(led).scatter(0, workers, workers[joined.leaders[0]])
+        leaders[image] = goes_to[led]
+        margins.append(joined.margins)
+    return Groups(leaders, torch.cat(margins))
+
+
 def class_attention(cores: Iterable[tuple[Tensor, Tensor, Any]], class_token: int | None) -> Tensor | None:
     """What the class token pays to each token, (B, N): the softmax of its scaled logits' mean over all heads.
 
@@ -138,11 +164,16 @@ class Passage:
     """The stream of one stage under way: enter with `open`, then send it `through` one block after the other."""
 
     def __init__(self, groups: Groups, x: Tensor) -> None:
-        self.sizes = sizes_of(groups.leaders)
+        self.groups, self.sizes = groups, sizes_of(groups.leaders)
         self.expected = x
         self._index = groups.leaders[..., None].expand_as(x)
         self._entry, self._means = x, means_of(x, groups.leaders)
         self._stream = self._means.to(x.dtype)
+
+    @property
+    def stream(self) -> Tensor:
+        """What the workers have by now at their places, (B, N, C)."""
+        return self._stream
 
     def through(self, x: Tensor, block: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Run one more block of the stage, `block(stream, sizes)`; what it returns is restored for all tokens.
