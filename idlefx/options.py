@@ -1,8 +1,8 @@
 """The options of a plan, as Python, the shell, the backend, checkpoints and artifacts all speak of them."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -21,7 +21,7 @@ class PlanOptions:
     """Which tokens idle in which blocks, as a user says it; the model decides the rest.
 
     Lists of any kind become tuples, and numbers of any library plain ones, so that two records that mean the same are
-    equal. `convert(model, **options.to_dict())` does what the options say.
+    equal. `convert(model, plan=options)` does what the options say, and so does `convert(model, **options)`.
 
     Attributes:
         layers: Block indices, from 0 in execution order: where stages begin, or with `schedule="blocks"` exactly the
@@ -71,9 +71,19 @@ class PlanOptions:
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
+    def keys(self) -> Iterator[str]:
+        """Names of the options: with them and `[name]`, `**options` gives all of them to a function."""
+        return (each.name for each in fields(PlanOptions))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(name)
+        value = getattr(self, name)
+        return list(value) if isinstance(value, tuple) else value
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, which JSON keeps as it is."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return dict(self)
 
     @classmethod
     def from_dict(cls, told: Mapping[str, Any]) -> "PlanOptions":
@@ -82,7 +92,7 @@ class PlanOptions:
         Raises:
             PlanError: An option is unknown, missing or wrong.
         """
-        known = [each.name for each in fields(cls)]
+        known = [each.name for each in fields(PlanOptions)]
         if unknown := [name for name in told if name not in known]:
             raise PlanError(f"plan: unknown options {unknown}; known are {', '.join(known)}")
         if missing := [name for name in ("layers", "keep") if name not in told]:

@@ -27,6 +27,7 @@ from idlefx.passes import (
     select_tokens,
     shorten_query,
 )  # fmt: skip
+from idlefx.planning.model_plan import ModelPlan, given_plan, plain
 from idlefx.planning.schedule import fits, make_plan
 from idlefx.records import BlockTable, Plan
 from idlefx.rewriting.verify import promise_of, verify
@@ -47,9 +48,10 @@ REST_WITH_LOSS: tuple[Pass, ...] = (select_tokens, add_cut_loss, idle_tokens, sh
 
 def convert(
     model: nn.Module,
-    layers: Sequence[int],
-    keep: float | Sequence[float],
+    layers: Sequence[int] | None = None,
+    keep: float | Sequence[float] | None = None,
     *,
+    plan: PlanOptions | None = None,
     schedule: Schedule = "stages",
     selector: str = AUTO,
     reselect: bool = True,
@@ -68,6 +70,7 @@ def convert(
             the blocks that idle. `inspect` shows them.
         keep: Share of the image tokens that works, in (0, 1]; a list gives each entry of `layers` its own.
             With "stages" one ratio compounds: stage s keeps `keep ** (s + 1)` in every block of it.
+        plan: All options of a plan at once, such as `idlefx.plan` finds them, instead of the others.
         schedule: "stages" or "blocks".
         selector: Name of the token score; "auto" takes the logits of the class token, or of the mean query.
         reselect: Whether a token that idles may work again in a later block. False is pruning, for comparison; where
@@ -89,7 +92,11 @@ def convert(
     Source:
         IdleViT, arXiv:2310.05654.
     """
-    options = PlanOptions(layers, keep, schedule, selector, reselect, multiple_of, prefix, idle)
+    asked = {
+        "layers": layers, "keep": keep, "schedule": schedule, "selector": selector, "reselect": reselect,
+        "multiple_of": multiple_of, "prefix": prefix, "idle": idle,
+    }  # fmt: skip
+    options = given_plan(plan, asked)
     captured = capture(model, example_inputs, copy_model=copy)
     if captured.custom_gradient and not captured.training:
         warnings.warn(
@@ -104,12 +111,12 @@ def convert(
     for form in (evaluation, training):
         call_layers(form.graph, modules)
     conversion = Conversion(
-        options,
+        plain(options),
         evaluation,
         training,
         captured.facts,
         captured.batch_free,
-        _origin(captured.model),
+        origin(captured.model),
         example_inputs is None,
         checks_of(captured.model.forward, captured.eval_graph.graph),
         answers_of(captured.model),
@@ -196,6 +203,8 @@ def _carry_out(options: PlanOptions, captured: fx.GraphModule) -> Form:
     """Find the blocks of a captured graph, and let those idle that the options name."""
     spelled = spell(captured)
     blocks = find_blocks(spelled, options.prefix)
+    if isinstance(options, ModelPlan):
+        options.check(blocks)
     try:
         plan = make_plan(blocks, options)
     except PlanError as refusal:
@@ -267,7 +276,7 @@ def _apply(step: Pass, module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         raise PassError(f"in pass {step.__name__}: {type(error).__name__}: {error}") from error
 
 
-def _origin(model: nn.Module) -> str:
+def origin(model: nn.Module) -> str:
     """What may make a model like this one again: its name in timm, or its class."""
     config = getattr(model, "pretrained_cfg", None)
     architecture = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
