@@ -76,16 +76,21 @@ def read_times(path: str | Path) -> tuple[BlockTimes, ...]:
         InputError: The file cannot be read or is none of its kind.
     """
     try:
-        entries = json.loads(Path(path).read_text())["tables"]
-        return tuple(BlockTimes(**e | {"ms": {int(n): float(ms) for n, ms in e["ms"].items()}}) for e in entries)
+        return times_of(Path(path).read_text())
     except OSError as error:
         raise InputError(f"times: cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"times: {path} is no table that `bench --table` wrote: {error}") from error
 
 
+def times_of(text: str) -> tuple[BlockTimes, ...]:
+    """The tables that `times_to_json` told."""
+    entries = json.loads(text)["tables"]
+    return tuple(BlockTimes(**e | {"ms": {int(n): float(ms) for n, ms in e["ms"].items()}}) for e in entries)
+
+
 def times_to_json(tables: Iterable[BlockTimes]) -> str:
-    """What `read_times` reads."""
+    """What `read_times` reads from a file, and `times_of` from here."""
     return json.dumps({"tables": [asdict(table) for table in tables]}, indent=1)
 
 
