@@ -181,12 +181,17 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Seque
 
 def spell(module: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule:
     """A copy in which everything is spelled in the ways that the analysis knows; of another graph if one is given."""
+    return _run(SPELL, copied(module, graph), Plan((), BlockTable(())))
+
+
+def copied(module: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule:
+    """A copy that shares all state; of another graph if one is given."""
     if graph is None:
-        copied = fx.GraphModule(module, deepcopy(module.graph))
+        copy = fx.GraphModule(module, deepcopy(module.graph))
     else:
-        copied = fx.GraphModule(attributes(module, graph), deepcopy(graph))
-    adopt(copied, module)
-    return _run(SPELL, copied, Plan((), BlockTable(())))
+        copy = fx.GraphModule(attributes(module, graph), deepcopy(graph))
+    adopt(copy, module)
+    return copy
 
 
 def rewrite(spelled: fx.GraphModule, plan: Plan, original: fx.GraphModule) -> fx.GraphModule:

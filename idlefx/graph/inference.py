@@ -1,5 +1,8 @@
 """Values of nodes: shape and type are inferred when a node is made, and again only where what they rest on changed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -17,6 +20,7 @@ UNFORESEEN = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)  
 
 KEY = "inferred"
 _REMEMBERED: dict[Any, dict[Any, Any]] = {}  # by the fake mode of a trace
+_KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +116,18 @@ def is_trusted(node: fx.Node) -> bool:
 
 def forget(graph: fx.Graph) -> None:
     """Forget what was inferred, but for the values of the nodes."""
-    _REMEMBERED.clear()
+    if not _KEEPING.get():
+        _REMEMBERED.clear()
     for node in graph.nodes:
         node.meta.pop(KEY, None)
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Keep what calls give from one graph to the next: for many rewrites of one trace, whose calls are mostly alike."""
+    token = _KEEPING.set(True)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(token)
+        _REMEMBERED.clear()
