@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from idlefx.deploy.inductor import compile
     from idlefx.options import PlanOptions
     from idlefx.pipeline import convert, inspect, with_cut_loss
+    from idlefx.planning.model_plan import read_plan
     from idlefx.planning.selectors import selector
     from idlefx.records import Block, BlockTable, Plan, Step
     from idlefx.reporting.comparison.compare import compare
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
     from idlefx.reporting.token_map import draw
     from idlefx.runtime.conversion import Conversion
     from idlefx.runtime.module import IdleModule
+    from idlefx.search.plan import plan
 
 __version__: str
 __all__ = [
     "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "Comparison", "Conversion",
     "IdleFxError", "IdleModule", "InputError", "MethodError", "OutputChange", "ParityError", "PassError", "Plan",
     "PlanError", "PlanOptions", "Report", "Step", "TrainingError", "compare", "compile", "convert", "draw", "emit",
-    "inspect", "load", "package", "report", "selector", "with_cut_loss",
+    "inspect", "load", "package", "plan", "read_plan", "report", "selector", "with_cut_loss",
 ]  # fmt: skip
 
 # A name is imported when it is first used: whoever only converts loads neither Matplotlib nor Inductor.
@@ -47,6 +49,7 @@ _HOMES = {
     "deploy.inductor": ("compile",),
     "options": ("PlanOptions",),
     "pipeline": ("convert", "inspect", "with_cut_loss"),
+    "planning.model_plan": ("read_plan",),
     "planning.selectors": ("selector",),
     "records": ("Block", "BlockTable", "Plan", "Step"),
     "reporting.comparison.compare": ("compare",),
@@ -55,6 +58,7 @@ _HOMES = {
     "reporting.token_map": ("draw",),
     "runtime.conversion": ("Conversion",),
     "runtime.module": ("IdleModule",),
+    "search.plan": ("plan",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("data", "finetune", "models", "passes")

@@ -1,0 +1,84 @@
+"""Multiply-adds of any plan by formula: two plans are carried out to find what a block costs for how many tokens.
+
+1. A block costs `linear * n + square * n²` for n tokens: layers, and attention.
+2. Choosing costs a constant, and where tokens follow also what the likeness of tokens and the means of groups do.
+"""
+
+from dataclasses import dataclass, replace
+
+from idlefx.analysis.macs import count_macs
+from idlefx.graph.notes import made_for
+from idlefx.records import Block, Plan, Step
+from idlefx.runtime.nearest import anchors
+from idlefx.search.candidates import Candidate, Candidates
+
+SHARES = (0.5, 0.25)  # that the two plans keep
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """Multiply-adds of one block.
+
+    Attributes:
+        linear: For each token.
+        square: For each pair of tokens.
+        choosing: For choosing tokens, besides what depends on how many work.
+    """
+
+    linear: float
+    square: float
+    choosing: float
+
+
+class Work:
+    """Multiply-adds of plans.
+
+    Args:
+        candidates: Makes the two plans that the formulas are taken from.
+    """
+
+    def __init__(self, candidates: Candidates) -> None:
+        self.blocks, self.follows = candidates.blocks, candidates.base.idle == "follow"
+        more, less = (_everywhere(candidates, share) for share in SHARES)
+        self.of_block = {index: self._fit(self.blocks[index], more, less) for index in candidates.usable}
+
+    def gmacs(self, plan: Plan) -> float:
+        """Billions of multiply-adds for one image."""
+        changes = [self._step(step) - self.blocks[step.block].macs for step in plan if step.idles]
+        return (self.blocks.macs + sum(changes)) / 1e9
+
+    def _step(self, step: Step) -> float:
+        block, work = self.blocks[step.block], self.of_block[step.block]
+        tokens = step.kept + len(block.prefix)
+        choosing = work.choosing + self._grouping(block, step.kept) if step.opens else 0.0
+        return work.linear * tokens + work.square * tokens**2 + choosing
+
+    def _fit(self, block: Block, more: Candidate, less: Candidate) -> BlockWork:
+        (n, work, choosing), (fewer, less_work, _) = (_counted(block, candidate) for candidate in (more, less))
+        square = 0.0
+        if n != fewer:
+            square = (work / n - less_work / fewer) / (n - fewer)
+        kept = n - len(block.prefix)
+        return BlockWork(work / n - square * n, square, choosing - self._grouping(block, kept))
+
+    def _grouping(self, block: Block, kept: int) -> float:
+        """Likeness of all tokens to the anchors and of idle tokens to workers, and the sums of groups."""
+        if not self.follows:
+            return 0.0
+        idle, workers = block.image_tokens - kept, kept + len(block.prefix)
+        spread, *_ = anchors(block.image_tokens, kept)
+        return float(block.width * (block.tokens * spread + idle * (kept + workers)))
+
+
+def _everywhere(candidates: Candidates, share: float) -> Candidate:
+    """The same share in every block that can idle, chosen anew in each."""
+    return candidates.make(replace(candidates.base, layers=candidates.usable, keep=share, schedule="blocks"))
+
+
+def _counted(block: Block, candidate: Candidate) -> tuple[int, int, int]:
+    """How many tokens work, and multiply-adds of the work and of choosing."""
+    graph = candidate.module.graph
+    kept = next(step.kept for step in candidate.plan if step.block == block.index)
+    whole = count_macs(made_for(graph, block.index))
+    work = count_macs(made_for(graph, block.index, "work"))
+    return kept + len(block.prefix), work, whole - work
