@@ -19,11 +19,12 @@ from idlefx.bench.results import EAGER, FIRST, ONNXRUNTIME, Bench
 from idlefx.bench.runner import bench
 from idlefx.bench.tables import render, summary, to_json
 from idlefx.bench.timer import lacks_memory
-from idlefx.cli.arguments import plan_options
+from idlefx.cli.arguments import plan_options, told_to_convert
 from idlefx.cli.exit_codes import REFUSED
 from idlefx.cli.onnx_sessions import OnnxSession
 from idlefx.deploy.onnx import check_libraries
 from idlefx.errors import IdleFxError, InputError
+from idlefx.options import PlanOptions
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable, Plan
 from idlefx.reporting.cost_report import report
@@ -106,15 +107,13 @@ class Campaign:
                 raise
             raise InputError("the model itself does not fit in memory") from error
         example = self.example_of(options, model)
-        layers = options.layers or quarters(inspect(model, example, prefix=options.prefix))
         plans = []
-        for word, keep in product(options.idle, options.keep):
-            plan = plan_options(options, layers=layers, keep=keep, idle=word)
-            idle = convert(model, example_inputs=example, **plan.to_dict())
+        for plan in self._asked(model, example):
+            idle = convert(model, example_inputs=example, **told_to_convert(plan))
             plans.append(idle.plan)
-            numbers = {"layers": layers, "keep": keep}
+            numbers = {"layers": plan.layers, "keep": plan.keep if isinstance(plan.keep, tuple) else [plan.keep]}
             told = [f"{what} {' '.join(map(str, each))}" for what, each in numbers.items()]
-            title = ", ".join([name, *told, *([] if word == "rest" else [word])])
+            title = ", ".join([name, *told, *([] if plan.idle == "rest" else [plan.idle])])
             found = self._bench(title, model, idle, example)
             self.done.append(found)
             print(render(found), end="\n\n", flush=True)
@@ -122,6 +121,15 @@ class Campaign:
                 raise KeyboardInterrupt
         if options.table:
             self._tabulate(plans, next(model.parameters()))
+
+    def _asked(self, model: nn.Module, example: Any) -> list[PlanOptions]:
+        """The plan of the file, or all that the options ask for."""
+        options = self.options
+        if options.plan is not None:
+            return [plan_options(options)]
+        layers = options.layers or quarters(inspect(model, example, prefix=options.prefix))
+        pairs = product(options.idle, options.keep)
+        return [plan_options(options, layers=layers, keep=keep, idle=word) for word, keep in pairs]
 
     def _bench(self, title: str, model: nn.Module, idle: IdleModule, example: Any) -> Bench:
         options, peers, refused = self.options, list[Baseline](), list[str]()

@@ -15,16 +15,18 @@ from torch.utils._pytree import tree_leaves
 import idlefx
 from idlefx.capture.inputs import call, guess_inputs
 from idlefx.capture.models import load_model
-from idlefx.cli.arguments import plan_options
+from idlefx.cli.arguments import plan_options, told_to_convert
 from idlefx.cli.bench import Campaign
 from idlefx.cli.compare import compare_models
-from idlefx.cli.exit_codes import FAILED
+from idlefx.cli.exit_codes import FAILED, INTERRUPTED
 from idlefx.demo.glyphs import Glyphs
 from idlefx.deploy.artifacts import check_path
 from idlefx.deploy.bundle import check_directory
 from idlefx.errors import InputError
 from idlefx.options import PlanOptions
+from idlefx.reporting.comparison.image_batches import find_images
 from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.utils.devices import check_dtype, present
 from idlefx.utils.files import whole_file
 from idlefx.zoo import survey, table
 
@@ -39,7 +41,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 def convert(options: argparse.Namespace) -> None:
     """Print plan and report, check that keeping all tokens changes nothing, and write what is asked for."""
-    plan, artifact = plan_options(options), _artifact_options(options)
+    asked, artifact = plan_options(options), _artifact_options(options)
     if options.package:
         check_path(options.package)
     if options.emit:
@@ -47,12 +49,12 @@ def convert(options: argparse.Namespace) -> None:
     with whole_file(options.out) if options.out else nullcontext() as partial:
         model = _model(options)
         example = _example(options, model)
-        idle = _idle(model, example, plan)
+        idle = _idle(model, example, asked)
         print(idle.plan, idlefx.report(idle, options.times), sep="\n\n")
         same = _largest_difference(model, _idle(model, example, plan_options(options, keep=[1.0])), example)
         print(f"\nKeeping all tokens gives the dense model's output, largest difference {same:.2g}.")
         if partial:
-            header = {"plan": json.dumps(plan.to_dict())}
+            header = {"plan": json.dumps(asked.to_dict())}
             safetensors.torch.save_model(idle, str(partial), metadata=header)
     if options.out:
         print(f"{options.out}: the model's own weights, which a conversion does not change; its header holds the plan")
@@ -60,6 +62,24 @@ def convert(options: argparse.Namespace) -> None:
         print(idlefx.package(idle, options.package, **artifact))
     if options.emit:
         print(idlefx.emit(idle, options.emit, model=options.model, **artifact))
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Choose a plan for a budget, print what it costs and changes, and write it; 130 if the search was interrupted."""
+    device, dtype = present(options.device), getattr(torch, options.dtype)
+    check_dtype(device, dtype)
+    find_images(options.data)  # before the model is made
+    model = _model(options).to(device, dtype)
+    names = (
+        "speedup", "gmacs", "ms", "max_change", "idle", "by", "times", "selector", "multiple_of", "prefix",
+        "batch_size", "limit", "trials", "out", "resume", "plot",
+    )  # fmt: skip
+    told = {name: getattr(options, name) for name in names}
+    found = idlefx.plan(model, options.data, example_inputs=_example(options, model), **told)
+    print(found)
+    for path in filter(None, (options.out, options.plot)):
+        print(path)
+    return INTERRUPTED if found.findings.interrupted else 0
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -74,8 +94,8 @@ def bench(options: argparse.Namespace) -> int:
 
 def draw(options: argparse.Namespace) -> None:
     """Write a picture of working and idle patches, and print its path."""
-    plan, model = plan_options(options), _model(options)
-    idle = _idle(model, _example(options, model), plan)
+    asked, model = plan_options(options), _model(options)
+    idle = _idle(model, _example(options, model), asked)
     print(idlefx.draw(idle, options.images or _scenes(idle), options.out))
 
 
@@ -90,7 +110,7 @@ def zoo(options: argparse.Namespace) -> int:
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
-    "inspect": inspect, "convert": convert, "compare": compare, "draw": draw, "bench": bench, "zoo": zoo,
+    "inspect": inspect, "plan": plan, "convert": convert, "compare": compare, "draw": draw, "bench": bench, "zoo": zoo,
 }  # fmt: skip
 
 
@@ -130,7 +150,7 @@ def _example(options: argparse.Namespace, model: nn.Module) -> Any:
 
 
 def _idle(model: nn.Module, example: Any, plan: PlanOptions) -> IdleModule:
-    return idlefx.convert(model, example_inputs=example, **plan.to_dict())
+    return idlefx.convert(model, example_inputs=example, **told_to_convert(plan))
 
 
 @torch.inference_mode()

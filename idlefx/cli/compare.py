@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from idlefx.cli.arguments import plan_options
+from idlefx.cli.arguments import plan_options, told_to_convert
 from idlefx.cli.exit_codes import REFUSED
 from idlefx.errors import IdleFxError
 from idlefx.options import PlanOptions
@@ -42,7 +42,7 @@ def compare_models(options: argparse.Namespace, load: Load, example_of: Example)
     Raises:
         IdleFxError: The only way was refused, or the images cannot be compared on.
     """
-    plans = {word: plan_options(options, idle=word) for word in options.idle}
+    plans = _plans(options)
     device, dtype = present(options.device), getattr(torch, options.dtype)
     check_dtype(device, dtype)
     find_images(options.data)  # before the model is made
@@ -58,11 +58,19 @@ def compare_models(options: argparse.Namespace, load: Load, example_of: Example)
     return 0 if len(idle) == len(plans) else REFUSED
 
 
+def _plans(options: argparse.Namespace) -> dict[str, PlanOptions]:
+    """By what idle tokens do."""
+    if options.plan is not None:
+        plan = plan_options(options)
+        return {plan.idle: plan}
+    return {word: plan_options(options, idle=word) for word in options.idle}
+
+
 def _converted(model: nn.Module, example: Any, plans: Mapping[str, PlanOptions]) -> dict[str, IdleModule]:
     idle, refused = dict[str, IdleModule](), dict[str, IdleFxError]()
     for name, plan in plans.items():
         try:
-            idle[name] = convert(model, example_inputs=example, **plan.to_dict())
+            idle[name] = convert(model, example_inputs=example, **told_to_convert(plan))
         except IdleFxError as error:
             refused[name] = error
     if not idle:

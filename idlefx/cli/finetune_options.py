@@ -6,7 +6,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from idlefx.cli.arguments import add_model, add_plan, add_version
+from idlefx.cli.arguments import add_model, add_plan, add_version, plan_options
 from idlefx.cli.parser import Parser, add_switch, flag
 from idlefx.training.config import GLYPHS, TRAINED, Settings
 
@@ -33,15 +33,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**read_plan(options.resume)["options"], resume=options.resume)
     elif options.data == GLYPHS:
         parser.set_defaults(**EXAMPLE)
-    elif options.model is None or options.layers is None:
-        parser.error("--data needs --model and --layers")
+    elif options.model is None or (options.layers is None and options.plan is None):
+        parser.error("--data needs --model and --layers or --plan")
     return parser.parse_args(arguments)
 
 
 def stored(options: argparse.Namespace) -> dict[str, Any]:
     """The options as a resumed run needs them."""
-    left_out = ("resume", "out")
-    return {key: value for key, value in vars(options).items() if key not in left_out}
+    left_out = ("resume", "out", "plan", "plan_defaults")
+    told = {key: value for key, value in vars(options).items() if key not in left_out}
+    if options.plan is not None:
+        plan = plan_options(options).to_dict()
+        told |= plan | {"keep": plan["keep"] if isinstance(plan["keep"], list) else [plan["keep"]]}
+    return told
 
 
 def _parser() -> argparse.ArgumentParser:

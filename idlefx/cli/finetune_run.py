@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from idlefx.capture.models import load_model
-from idlefx.cli.arguments import plan_options
+from idlefx.cli.arguments import plan_options, told_to_convert
 from idlefx.cli.exit_codes import INTERRUPTED
 from idlefx.cli.finetune_options import stored
 from idlefx.pipeline import convert
@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace, world: World, interrupted: Callable[[], bo
         options.model, pretrained=options.pretrained, checkpoint=options.checkpoint, img_size=options.img_size
     ).to(world.device)
     example = torch.randn(options.example_shape, device=world.device) if options.example_shape else None
-    idle = convert(dense, example_inputs=example, **plan.to_dict())
+    idle = convert(dense, example_inputs=example, **told_to_convert(plan))
     source = _source(options)
     train, val = open_loaders(
         source, idle, options.batch_size, seed=settings.seed, workers=options.workers, world=world

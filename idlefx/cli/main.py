@@ -1,4 +1,4 @@
-"""The shell: `python -m idlefx inspect | convert | compare | draw | bench | zoo | finetune`.
+"""The shell: `python -m idlefx inspect | plan | convert | compare | draw | bench | zoo | finetune`.
 
 What a command needs is imported when it runs, so that help and errors of the arguments are there at once.
 """
@@ -12,6 +12,7 @@ from idlefx.cli.arguments import DTYPES, add_model, add_plan, add_version
 from idlefx.cli.bench_options import add_options
 from idlefx.cli.exit_codes import exit_code_of
 from idlefx.cli.parser import Numbers, Parser, add_renamed
+from idlefx.cli.planning_options import add_options as add_planning_options
 
 FINETUNE = "finetune"
 
@@ -45,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="which blocks there are and which can idle")
     add_model(inspect, required=True)
+
+    add_planning_options(commands.add_parser("plan", help="which plan for a model and a budget, chosen on your images"))
 
     convert = commands.add_parser("convert", help="plan and report of a conversion, checked")
     add_model(convert, required=True)
