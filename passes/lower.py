@@ -6,7 +6,8 @@
    writes into an input, a parameter or a buffer stays, through however many names it does so.
 4. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
 5. Zeros or ones that are made like a tensor of the image are made like a parameter: they hold nothing of the image.
-6. What does not fit these rules stays, for `propagation` to accept or to refuse.
+6. A shape that is taken from another tensor of the image is written down: that tensor need not be made for it.
+7. What does not fit these rules stays, for `propagation` to accept or to refuse.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from torch import fx
 from idlefx.graph.build import add_call
 from idlefx.graph.memory import Memory
 from idlefx.graph.queries import image_data, remove_dead, tensor_argument
+from idlefx.graph.sizes import follows_batch
 from idlefx.records import Plan
 from idlefx.rewriting.constants import free_constants
 from idlefx.rewriting.einsum import add_products
@@ -40,6 +42,8 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 _replace(node, _product_and_sum(graph, node))
             elif node.target in (aten.matmul.default, aten.mm.default, aten.addmm.default):
                 _replace(node, _linear(graph, node, data))
+            elif node.target in (aten.reshape_as.default, aten.view_as.default):
+                _replace(node, _reshaped(graph, node, data))
             elif node.target in _CONVERSIONS:
                 _replace(node, _unconverted(node))
             else:
@@ -65,6 +69,14 @@ def _product_and_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if beta != 1:
         bias = add_call(graph, aten.mul.Tensor, bias, beta, name="scaled", like=node)
     return add_call(graph, aten.add.Tensor, product, bias, name="sum", like=node)
+
+
+def _reshaped(graph: fx.Graph, node: fx.Node, data: set[fx.Node]) -> fx.Node | None:
+    x, like = tensor_argument(node, 0), tensor_argument(node, 1)
+    sizes = [-1 if follows_batch(size) else int(size) for size in like.meta["val"].shape]
+    if x is like or like not in data or sizes.count(-1) > 1:
+        return None
+    return add_call(graph, aten.reshape.default, x, sizes, name="reshaped", like=node)
 
 
 def _unconverted(node: fx.Node) -> fx.Node | None:
