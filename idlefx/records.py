@@ -44,8 +44,9 @@ class Block:
         macs: Multiply-adds of the block for one image.
         parameters: Parameters that the block reads.
         tokens: N, tokens in the sequence; 0 where the token axis could not be followed.
-        token_dim: Which dimension of the stream the tokens stand in.
+        token_dim: Which dimension of the stream the tokens stand in; the first of them where they stand on a grid.
         batch_dim: Which dimension of the stream the batch stands in.
+        grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
         prefix: Positions of the prefix tokens, which are always kept.
         class_token: Position of the class token, if there is one: read by the head, or the only prefix token.
         affine: Whether queries and keys are affine in the normalised input, so that scores are nearly free.
@@ -67,6 +68,7 @@ class Block:
     tokens: int = 0
     token_dim: int = 1
     batch_dim: int = 0
+    grid: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
     class_token: int | None = None
     affine: bool = False
@@ -77,6 +79,17 @@ class Block:
     def can_idle(self) -> bool:
         """Whether tokens of this block may idle."""
         return not self.refusal
+
+    @property
+    def token_dims(self) -> tuple[int, ...]:
+        """All dimensions of the stream that the tokens stand in."""
+        return tuple(range(self.token_dim, self.token_dim + max(1, len(self.grid))))
+
+    @property
+    def flat_dims(self) -> tuple[int, int]:
+        """Token and batch dimension of the stream once the sides of a grid are flattened into one dimension."""
+        merged = len(self.token_dims) - 1
+        return self.token_dim, self.batch_dim - (merged if self.batch_dim > self.token_dim else 0)
 
     @property
     def image_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """Let tokens idle: run each planned block on the chosen tokens and write them back over the others.
 
-1. The chosen tokens are taken from the residual stream.
+1. The chosen tokens are taken from the residual stream; where they stand on a grid, it is flattened first.
 2. The block is copied onto them. What it reads by token position is taken at the same positions, and every size
    that counts tokens is written anew, both as `propagation` proved them.
 3. The result is put back into the stream: what does so stands for the block's exit everywhere.
@@ -9,6 +9,7 @@
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from idlefx.analysis.blocks import Opened, open_blocks
@@ -19,6 +20,8 @@ from idlefx.graph.queries import remove_dead
 from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.rebuilder import Rebuilder
 from idlefx.runtime import gather_scatter
+
+aten = torch.ops.aten
 
 
 def idle_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -38,12 +41,19 @@ def idle_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
     name, entry, like = f"idle_{block.index}_", opened.entry, opened.exit
     index, place = only_made_for(graph, block.index, "index"), only_made_for(graph, block.index, "place")
-    dims = (block.token_dim, block.batch_dim)
+    dims, flat = block.flat_dims, (block.token_dims[0], block.token_dims[-1])
 
     def add(target: Any, *args: Any, role: Role) -> fx.Node:
         return add_call(graph, target, *args, name=name + role, like=like, note=Made(block.index, role))
 
-    gathered = add(gather_scatter.take_tokens, entry, index, *dims, role="gather")
+    tokens = add(aten.flatten.using_ints, entry, *flat, role="gather") if block.grid else entry
+    gathered = add(gather_scatter.take_tokens, tokens, index, *dims, role="gather")
+    for _ in block.grid[1:]:  # few tokens of a grid stand in one row
+        gathered = add(aten.unsqueeze.default, gathered, block.token_dim, role="gather")
     chosen = Subset(index, block.prefix, block.image_positions, step.kept)
     worked = Rebuilder(graph, opened.walk, chosen, {entry: gathered}, name, Made(block.index, "work"))(opened.exit)
-    return add(gather_scatter.put_tokens, entry, index, worked, *dims, place, role="scatter")
+    if not block.grid:
+        return add(gather_scatter.put_tokens, tokens, index, worked, *dims, place, role="scatter")
+    worked = add(aten.flatten.using_ints, worked, *flat, role="work")
+    scattered = add(gather_scatter.put_tokens, tokens, index, worked, *dims, place, role="scatter")
+    return add(aten.unflatten.int, scattered, block.token_dim, list(block.grid), role="work")

@@ -1,9 +1,10 @@
 """Find transformer blocks: around each attention core, the region that its residual connections close.
 
-No class, module or attribute name is looked at: `trunks` finds where blocks begin and end, `propagation` follows the
-tokens through them, `prefix_tokens` tells which tokens are not of the image.
+No class, module or attribute name is looked at: `trunks` finds where blocks begin and end, `token_axis` where their
+tokens stand, `propagation` follows them through the block, `prefix_tokens` tells which tokens are not of the image.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,9 @@ from idlefx.analysis.macs import count_macs
 from idlefx.analysis.prefix_tokens import class_token, named_positions, prefix_positions, read_by_head
 from idlefx.analysis.projections import projection
 from idlefx.analysis.propagation import follow
-from idlefx.analysis.refusal import RefusedOperation, refuse
+from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.subset import Subset
+from idlefx.analysis.token_axis import attends_over_batch, find_axes
 from idlefx.analysis.trunks import Trunk, find_trunks
 from idlefx.analysis.walk import Walk
 from idlefx.errors import BlockError
@@ -29,11 +31,10 @@ from idlefx.graph.queries import (
     common_path,
     data_flow,
     dominator_chain,
-    leaks,
     region,
     source_line,
 )
-from idlefx.graph.sizes import follows_batch, shape_of
+from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, BlockTable
 
 
@@ -56,7 +57,7 @@ def find_blocks(module: fx.GraphModule, prefix: int | Sequence[int] | None = Non
             "blocks: the model has no attention that idlefx recognises; it converts Vision Transformers, "
             "whose attention is scaled_dot_product_attention or softmax(q @ k) @ v"
         )
-    if all(_attends_over_batch(core) for core in cores):
+    if all(attends_over_batch(core) for core in cores):
         raise BlockError(
             "blocks: all attention of the model is over a sequence whose length follows dimension 0 of the input, so "
             "the tokens of all images are packed into one; idlefx takes dimension 0 for the batch, so give the model "
@@ -101,7 +102,7 @@ def open_blocks(graph: fx.Graph, blocks: Iterable[Block]) -> list[Opened]:
         entry, leave = names[block.entry], names[block.exit]
         nodes = region(flow, entry, leave)
         try:
-            walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dim, block.batch_dim)})
+            walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dims, block.batch_dim)})
         except RefusedOperation as refusal:
             raise BlockError(f"blocks: block {block.index} ({block.path}) cannot be opened: {refusal}") from refusal
         own = tuple(core for core in cores if core.out.name in block.cores)
@@ -127,30 +128,34 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         parameters=_parameters(flow, nodes),
     )
     try:
-        token_dim, batch_dim, walk = _find_axes(trunk, nodes)
+        axes, walk = find_axes(trunk, nodes)
     except RefusedOperation as refusal:
         return replace(block, refusal=str(refusal))
-    tokens = stream[token_dim]
+    grid = tuple(stream[d] for d in axes.tokens) if len(axes.tokens) > 1 else ()
+    tokens = math.prod(stream[d] for d in axes.tokens)
     if prefix is not None:
-        positions = named_positions(prefix, tokens)
+        positions = named_positions(prefix, tokens, grid)
     else:
-        positions = prefix_positions(flow, trunk.entry, token_dim, known)
+        positions = () if grid else prefix_positions(flow, trunk.entry, axes.tokens[0], known)
     layout = walk[trunk.cores[0].query]
     block = replace(
         block,
         tokens=tokens,
-        token_dim=token_dim,
-        batch_dim=batch_dim,
+        token_dim=axes.tokens[0],
+        batch_dim=axes.batch,
+        grid=grid,
         prefix=positions,
-        width=next(size for d, size in enumerate(stream) if d not in (token_dim, batch_dim)),
+        width=next(size for d, size in enumerate(stream) if d not in (*axes.tokens, axes.batch)),
         heads=lay.heads(layout),
         affine=all(_is_affine(walk, core) for core in trunk.cores),
     )
-    return replace(block, refusal=_cannot_be_cut(walk, block), rest_only=_cannot_follow(walk, trunk.cores))
+    return replace(block, refusal=_cannot_be_cut(walk, block), rest_only=_cannot_follow(walk, block, trunk.cores))
 
 
-def _cannot_follow(walk: Walk, cores: Iterable[Core]) -> str:
+def _cannot_follow(walk: Walk, block: Block, cores: Iterable[Core]) -> str:
     """Why no key can stand for several tokens; empty if it can."""
+    if block.grid:
+        return "its tokens stand on a grid, where they can only rest yet"
     try:
         for core in cores:
             key_axis(walk, core)
@@ -176,45 +181,6 @@ def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:
     return sum(p.numel() for name, p in root.named_parameters() if name in read) if root is not None else 0
 
 
-def _attends_over_batch(core: Core) -> bool:
-    return follows_batch(core.query.meta["val"].shape[-2])
-
-
-def _find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[int, int, Walk]:
-    """Which dimension holds the tokens: the one that every core attends over and that comes out where it went in."""
-    shape = trunk.entry.meta["val"].shape
-    if len(shape) != 3:
-        raise RefusedOperation(
-            f"the residual stream has {len(shape)} dimensions instead of batch, tokens and features "
-            f"(at {source_line(trunk.entry)})"
-        )
-    if leaking := leaks(nodes, trunk.exit):
-        returned = any(user.op == "output" for user in leaking[0].users)
-        reader = "returned by the model, as an attention map may be" if returned else "read outside of it"
-        raise RefusedOperation(f"`{leaking[0].name}` inside the block is {reader} (at {source_line(leaking[0])})")
-    for core in trunk.cores:
-        if _attends_over_batch(core):
-            refuse(core.out, "attends over the batch")
-    symbolic = [d for d, size in enumerate(shape) if follows_batch(size)]
-    refusals: list[tuple[int, RefusedOperation]] = []
-    for batch_dim in symbolic or [0, 1]:
-        for token_dim in [d for d in range(2) if d != batch_dim] + [2]:
-            layout = lay.stream(shape_of(trunk.entry), token_dim, batch_dim)
-            try:
-                walk = follow(nodes, {trunk.entry: layout})
-            except RefusedOperation as refusal:
-                refusals.append((token_dim, refusal))
-                continue
-            if walk[trunk.exit] == layout:
-                return token_dim, batch_dim, walk
-            refusals.append((token_dim, RefusedOperation("the tokens leave the block in another order", trunk.exit)))
-    # A dimension that does not hold the tokens is refused early: of the one that went furthest is said what matters.
-    # The last one is that of the features in most models, and may go far where a norm is spelled out.
-    order = {node: place for place, node in enumerate(nodes)}
-    _, furthest = max(refusals, key=lambda tried: (tried[0] < 2, order.get(tried[1].node, -1)))  # type: ignore[arg-type]
-    raise furthest
-
-
 def _cannot_be_cut(walk: Walk, block: Block) -> str:
     """Why the block cannot run on some of its tokens, found by trying every edit without making it."""
     if block.image_tokens < 2:
@@ -237,7 +203,7 @@ def _with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) 
     leave = by_name(graph)[last.exit]
     nodes = list(graph.nodes)
     after = nodes[nodes.index(leave) + 1 :]
-    reads = read_by_head(after, leave, lay.stream(shape_of(leave), last.token_dim, last.batch_dim))
+    reads = read_by_head(after, leave, lay.stream(shape_of(leave), last.token_dims, last.batch_dim))
     strange = [min(one) for one in reads if len(one) == 1 and not one <= set(last.prefix)]
     if strange and not prefix_given:
         reason = (

@@ -2,10 +2,14 @@
 
 A dimension is a product of factors, as a reshape may merge the batch or the heads into it. A token factor
 knows which positions of the sequence it holds, as runs `(start, stop)` in order.
+
+Tokens that stand on a grid are one token axis too, which several dimensions may share: its sides, such as rows and
+columns. Where only n of the tokens are there, they stand on a grid (1, n): the last side holds all of them.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from idlefx.graph.sizes import FREE_BATCH
 
@@ -14,11 +18,21 @@ Runs = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Factor:
-    """A factor of a dimension: features unless `role` says "batch" or "tokens"."""
+    """A factor of a dimension.
+
+    Attributes:
+        size: How many entries it has.
+        role: "batch" or "tokens"; empty for features.
+        runs: Which tokens it holds.
+        grid: Sizes of the grid that the tokens stand on; empty where they are a plain sequence.
+        side: Which side of the grid this is; None where it is the whole token axis.
+    """
 
     size: int
     role: str = ""
     runs: Runs = ()
+    grid: tuple[int, ...] = ()
+    side: int | None = None
 
 
 Dim = tuple[Factor, ...]  # a dimension of size one has no factors
@@ -35,10 +49,20 @@ def tokens(count: int) -> Dim:
     return (Factor(count, "tokens", ((0, count),)),)
 
 
-def stream(shape: list[int], token_dim: int, batch_dim: int) -> Layout:
-    """The layout of a residual stream: tokens, batch and features, in any order."""
+def sides(grid: Sequence[int]) -> tuple[Dim, ...]:
+    """A dimension for each side of a grid of tokens; of a grid of one row, the last holds the plain sequence."""
+    if all(size == 1 for size in grid[:-1]):
+        return (*((),) * (len(grid) - 1), tokens(grid[-1]))
+    runs, sizes = ((0, math.prod(grid)),), tuple(grid)
+    return tuple((Factor(size, "tokens", runs, sizes, side),) for side, size in enumerate(sizes))
+
+
+def stream(shape: list[int], token_dims: Sequence[int], batch_dim: int) -> Layout:
+    """The layout of a residual stream: batch, features, and tokens in one dimension or, on a grid, in several."""
+    sizes = [shape[d] for d in token_dims]
+    axes = dict(zip(token_dims, sides(sizes) if len(sizes) > 1 else (tokens(sizes[0]),), strict=True))
     return tuple(
-        tokens(size) if d == token_dim else (Factor(size, "batch"),) if d == batch_dim else features(size)
+        axes[d] if d in axes else (Factor(size, "batch"),) if d == batch_dim else features(size)
         for d, size in enumerate(shape)
     )
 
@@ -54,8 +78,8 @@ def has(dim: Dim, *roles: str) -> bool:
 
 
 def is_tokens(dim: Dim) -> bool:
-    """Whether a dimension holds tokens and nothing else."""
-    return len(dim) == 1 and dim[0].role == "tokens"
+    """Whether a dimension holds tokens and nothing else, and not one side of their grid alone."""
+    return len(dim) == 1 and dim[0].role == "tokens" and dim[0].side is None
 
 
 def merge(runs: Runs) -> Runs:
@@ -98,7 +122,7 @@ def regroup(layout: Layout, shape: list[int]) -> Layout | None:
         shape: Sizes after it.
     """
     pool: list[Factor] = []
-    for factor in (f for dim in layout for f in dim):
+    for factor in (side for dim in layout for f in dim for side in _opened(f)):
         if pool and not factor.role and not pool[-1].role:
             pool[-1] = Factor(pool[-1].size * factor.size)
         else:
@@ -120,5 +144,43 @@ def regroup(layout: Layout, shape: list[int]) -> Layout | None:
                 left = 1
             else:
                 return None
-        result.append(tuple(dim))
+        result.append(closed(tuple(dim)))
     return tuple(result) if not pool else None
+
+
+def _opened(factor: Factor) -> tuple[Factor, ...]:
+    """The sides of a whole grid; anything else as it is."""
+    if not factor.grid or factor.side is not None:
+        return (factor,)
+    return tuple(replace(factor, size=size, side=side) for side, size in enumerate(factor.grid))
+
+
+def closed(dim: Dim) -> Dim:
+    """A dimension in which the sides of a grid that stand together, all and in order, are the whole token axis."""
+    result: list[Factor] = []
+    for factor in dim:
+        result.append(factor)
+        count = len(factor.grid)
+        if factor.side is not None and tuple(result[-count:]) == _opened(replace(factor, side=None)):
+            result[-count:] = [replace(factor, size=math.prod(factor.grid), side=None)]
+    return tuple(result)
+
+
+def grid_of(layout: Layout) -> tuple[int, ...]:
+    """The grid of which each side stands once in a layout; empty if there is none."""
+    held = [side for dim in layout for f in dim if f.role == "tokens" for side in _opened(f)]
+    grid = held[0].grid if held else ()
+    once = len(held) == len(grid) and {side.side for side in held} == set(range(len(grid)))
+    return grid if once else ()
+
+
+def flat(layout: Layout) -> Layout:
+    """The layout after dimensions that are the sides of one grid, in order, are merged."""
+    result: list[Dim] = []
+    for dim in layout:
+        result.append(dim)
+        count = len(dim[0].grid) if len(dim) == 1 and dim[0].side is not None else 0
+        merged = closed(tuple(f for each in result[-count:] for f in each)) if count else dim
+        if count and is_tokens(merged):
+            result[-count:] = [merged]
+    return tuple(result)

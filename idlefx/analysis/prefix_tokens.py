@@ -25,12 +25,13 @@ _ROWWISE = (aten.layer_norm.default, aten.rms_norm.default, aten.linear.default,
             aten._to_copy.default)  # fmt: skip
 
 
-def named_positions(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]:
+def named_positions(prefix: int | Sequence[int], tokens: int, grid: tuple[int, ...] = ()) -> tuple[int, ...]:
     """The positions of the prefix tokens that a user names, ascending.
 
     Args:
         prefix: How many leading ones, or their positions.
         tokens: How many tokens there are.
+        grid: Sizes of the grid that they stand on, if they do.
 
     Raises:
         InputError: They do not fit.
@@ -39,6 +40,11 @@ def named_positions(prefix: int | Sequence[int], tokens: int) -> tuple[int, ...]
     positions = tuple(sorted(set(plain if isinstance(plain, tuple) else range(plain or 0))))
     if not all(0 <= p < tokens for p in positions) or len(positions) >= tokens:
         raise InputError(f"blocks: prefix={prefix} does not fit {tokens} tokens; give their number or their positions")
+    if positions and grid:
+        raise InputError(
+            f"blocks: prefix={prefix}, but the tokens stand on a grid of {' × '.join(map(str, grid))}, all of them "
+            "patches of the image; leave prefix= away"
+        )
     return positions
 
 
@@ -122,7 +128,7 @@ def _before_rowwise(flow: nx.DiGraph, node: fx.Node, dim: int) -> fx.Node | None
         return None
     nodes = region(flow, start, node)
     mixing = (aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default)
-    layout = lay.stream(shape, dim, shape.index(FREE_BATCH))
+    layout = lay.stream(shape, [dim], shape.index(FREE_BATCH))
     try:
         walk = follow(nodes, {start: layout})
     except RefusedOperation:

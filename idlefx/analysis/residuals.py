@@ -123,7 +123,7 @@ def branches_along(
     """
     branches, closed = [], 0  # `closed`: position of the sum of the branch that starts at `start`
     for at in range(1, len(stream)):
-        if _joins(flow, stream[at]) and shape_of(stream[at]) == shape_of(stream[0]):
+        if _joins(flow, stream[at]) and _is_same_stream(shape_of(stream[at]), shape_of(stream[0])):
             fork = _addend_among(set(stream[closed:at]), stream[at])
             if fork is not None:
                 branches.append(Branch(start, stream[closed], tuple(stream[closed + 1 : stream.index(fork) + 1])))
@@ -150,6 +150,13 @@ def starts_before(flow: nx.DiGraph, source: fx.Node, node: fx.Node, tail: int) -
             return
         yield start
         node = start
+
+
+def _is_same_stream(a: list[int], b: list[int]) -> bool:
+    """Whether two shapes are equal, or one after rows and columns of the other are flattened."""
+    few, many = sorted((a, b), key=len)
+    flattened = [[*many[:d], many[d] * many[d + 1], *many[d + 2 :]] for d in range(len(many) - 1)]
+    return few == many or few in flattened
 
 
 def _joins(flow: nx.DiGraph, node: fx.Node) -> bool:

@@ -6,9 +6,9 @@ import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
-from idlefx.analysis.layouts import Runs
+from idlefx.analysis.layouts import Factor, Runs
 from idlefx.analysis.refusal import refuse
-from idlefx.analysis.walk import Edit, Read, Resize
+from idlefx.analysis.walk import Cut, Edit, Read, Resize
 
 aten = torch.ops.aten
 
@@ -37,16 +37,27 @@ class Subset:
             refuse(node, "cuts the image tokens apart at a place that moves when some of them idle")
         return fixed + (self.kept if free else 0)
 
+    def size(self, node: fx.Node, factor: Factor) -> int:
+        """How many entries a factor of a dimension has then, the batch left as it is.
+
+        On a grid the tokens stand in one row: the last side holds all that are there.
+        """
+        if factor.role != "tokens":
+            return factor.size
+        if factor.side is not None and factor.side < len(factor.grid) - 1:
+            return 1
+        return self.count(node, factor.runs)
+
     def check(self, node: fx.Node, edit: Edit) -> None:
         """Refuse an edit whose outcome would depend on which tokens are there."""
         if isinstance(edit, Resize):
             for factor in edit.dim:
                 self.count(node, factor.runs)
         elif isinstance(edit, Read):
-            for start, stop in (run for _, runs in edit.dims for run in runs):
+            for start, stop in (run for axis in edit.axes for run in axis.runs):
                 self.count(node, ((0, start),))
                 self.count(node, ((start, stop),))
-        else:
+        elif isinstance(edit, Cut):
             self.count(node, lay.cut(edit.runs, 0, edit.place))
             if node.target is aten.select.int and self.count(node, lay.cut(edit.runs, edit.place, edit.place + 1)) != 1:
                 refuse(node, "picks a token that is not there")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -13,20 +13,34 @@ from idlefx.graph.queries import value
 from idlefx.graph.sizes import plain_shape
 
 
-@dataclass(frozen=True)
-class Read:
-    """An operand from outside the region that is read by token position: take the working tokens' part.
+class Axis(NamedTuple):
+    """Where tokens stand in an output.
 
     Attributes:
-        operand: The outside node.
-        dims: Pairs of an output dimension and the runs of tokens along it.
+        dim: The dimension, or the first of a grid's.
+        runs: The tokens.
+        grid: Sizes of the dimensions from `dim` on that are a grid's; empty where it is one.
+    """
+
+    dim: int
+    runs: Runs
+    grid: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Read:
+    """An operand that is read by token position and does not shrink by itself: take the working tokens' part.
+
+    Attributes:
+        operand: The node, mostly one from outside the region.
+        axes: Where the tokens stand in the output.
         rank: Rank of the output that the operand is broadcast to.
         batch_dim: Where the output's batch stands.
         copies: How many entries of that dimension belong to one image, where heads are merged into the batch.
     """
 
     operand: fx.Node
-    dims: tuple[tuple[int, Runs], ...]
+    axes: tuple[Axis, ...]
     rank: int
     batch_dim: int
     copies: int = 1
@@ -50,7 +64,26 @@ class Cut:
     runs: Runs
 
 
-Edit = Read | Resize | Cut
+@dataclass(frozen=True)
+class WholeGrid:
+    """An operation that treats each row or column of a grid in a way of its own, and each token by itself.
+
+    It gets the working tokens at their places in the whole grid, and of what it gives they are taken again.
+
+    Attributes:
+        operand: The node that holds the tokens.
+        before: Its layout.
+        after: That of the result.
+        grid: Sizes of the grid.
+    """
+
+    operand: fx.Node
+    before: Layout
+    after: Layout
+    grid: tuple[int, ...]
+
+
+Edit = Read | Resize | Cut | WholeGrid
 
 
 @dataclass
@@ -97,17 +130,21 @@ def need_features(node: fx.Node, layout: Layout, dims: Iterable[int], does: str)
 
 
 def broadcast(walk: Walk, node: fx.Node, operands: Iterable[Any], rank: int) -> Layout:
-    """The common layout of operands that are broadcast together, their outside parts noted as reads."""
+    """The common layout of operands that are broadcast together; what is read by position is noted as such."""
     own = [o for o in operands if o in walk]
     result: list[Dim] = []
     for d in range(rank):
         dims = _one_batch({walk[o][d - rank] for o in own if len(walk[o]) >= rank - d} - {()})
+        dims = _one_token_axis(dims)
         if len(dims) > 1:
             refuse(node, "combines tokens with something that is not laid out like them")
         result.append(dims.pop() if dims else ())
     for operand in operands:
-        if isinstance(operand, fx.Node) and operand not in walk and value(operand) is not None:
+        if not isinstance(operand, fx.Node) or value(operand) is None:
+            continue
+        if operand not in walk or walk[operand] != tuple(result):
             read_by_position(walk, node, operand, tuple(result))
+        if operand not in walk:
             sizes = sizes_of(operand)
             for d in range(rank - len(sizes), rank):
                 result[d] = result[d] or lay.features(sizes[d - rank])
@@ -120,18 +157,45 @@ def _one_batch(dims: set[Dim]) -> set[Dim]:
     return {batch if batch is not None and dim == lay.features(lay.size(batch)) else dim for dim in dims}
 
 
+def _one_token_axis(dims: set[Dim]) -> set[Dim]:
+    """Features that are added to tokens, one to each, are a table that is read by position."""
+    axis = next((dim for dim in dims if len(dim) == 1 and dim[0].role == "tokens"), None)
+    return {axis if axis is not None and dim == lay.features(lay.size(axis)) else dim for dim in dims}
+
+
 def read_by_position(walk: Walk, node: fx.Node, operand: fx.Node, output: Layout, skip: int | None = None) -> None:
-    """Note which dimensions of an outside operand run along tokens of the output it is broadcast to."""
+    """Note which dimensions of an operand run along tokens of the output it is broadcast to, and are none of its own.
+
+    Of an operand that comes from outside the region, none are: it is a table with an entry for each token. So is what
+    has been computed of each token for all positions, such as a bias that depends on the queries.
+    """
     sizes, rank = sizes_of(operand), len(output)
-    dims = []
+    own: Layout = walk[operand] if operand in walk else ((),) * len(sizes)
+    axes: dict[int, Axis] = {}
     for d in range(max(rank - len(sizes), 0), rank):
-        if sizes[d - rank] != 1 and lay.has(output[d], "tokens") and d != skip:
-            if not lay.is_tokens(output[d]):
+        shrinks = lay.has(own[d - rank], "tokens")
+        if sizes[d - rank] != 1 and lay.has(output[d], "tokens") and not shrinks and d != skip:
+            axis = _axis_through(output, d)
+            if axis is None:
                 refuse(node, f"reads `{operand.name}` by position along an axis that tokens share")
-            dims.append((d, output[d][0].runs))
-    if dims:
+            axes[axis.dim] = axis
+    if axes:
         batch = next((d for d, dim in enumerate(output) if dim and dim[0].role == "batch"), None)
         if batch is None or lay.has(output[batch], "tokens"):
             refuse(node, f"reads `{operand.name}` by position where the batch has no axis of its own")
         copies = lay.size(output[batch][1:])
-        walk.edit(node, Read(operand, tuple(dims), rank, batch, copies))
+        walk.edit(node, Read(operand, tuple(axes.values()), rank, batch, copies))
+
+
+def _axis_through(layout: Layout, d: int) -> Axis | None:
+    """The token axis that a dimension is, or is a side of; None if something else shares it."""
+    if lay.is_tokens(layout[d]):
+        return Axis(d, layout[d][0].runs)
+    if len(layout[d]) > 1:
+        return None
+    (side,) = layout[d]
+    assert side.side is not None
+    first, count = d - side.side, len(side.grid)
+    if first < 0 or layout[first : first + count] != lay.sides(side.grid):
+        return None
+    return Axis(first, side.runs, side.grid)

@@ -10,15 +10,15 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from idlefx.analysis import layouts as lay
-from idlefx.analysis.layouts import Dim, Runs
+from idlefx.analysis.layouts import Dim, Layout, Runs
 from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.subset import Subset
-from idlefx.analysis.walk import Cut, Read, Resize, Walk
+from idlefx.analysis.walk import Axis, Cut, Read, Resize, Walk, WholeGrid
 from idlefx.errors import PassError
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import Made
 from idlefx.graph.queries import carries_tensors
-from idlefx.runtime import gather_scatter
+from idlefx.runtime import gather_scatter, grids
 
 aten = torch.ops.aten
 
@@ -59,7 +59,8 @@ class Rebuilder:
             target: Any = needed.target
             note = replace(self.note, stands_for=needed.name)
             name = self.prefix + needed.name
-            self.mapping[needed] = add_call(self.graph, target, *args, name=name, like=needed, note=note, **kwargs)
+            copy = add_call(self.graph, target, *args, name=name, like=needed, note=note, **kwargs)
+            self.mapping[needed] = self._taken_again(needed, copy)
         return self.mapping.get(node, node)
 
     def _add(self, target: Callable[..., Any], *args: Any, name: str, like: fx.Node) -> fx.Node:
@@ -97,6 +98,10 @@ class Rebuilder:
                     args[edit.arg] = entries
                 elif isinstance(edit, Cut):
                     args[edit.arg] = self.subset.count(node, lay.cut(edit.runs, 0, edit.place))
+                else:
+                    where = (self.subset.index, _products(edit.before), edit.grid)
+                    few = self.mapping[edit.operand]
+                    replaced[edit.operand] = self._add(grids.put_on_grid, few, *where, name="on_grid", like=node)
         done: tuple[Any, Any] = map_arg((tuple(args), node.kwargs), lambda n: replaced.get(n) or self.mapping.get(n, n))
         return done
 
@@ -104,29 +109,40 @@ class Rebuilder:
         assert self.subset is not None
         count = 1
         for factor in dim:
-            if factor.role == "tokens":
-                count *= self.subset.count(node, factor.runs)
-            elif factor.role != "batch" or not isinstance(before, fx.Node):
-                count *= factor.size
+            if factor.role != "batch" or not isinstance(before, fx.Node):
+                count *= self.subset.size(node, factor)
         if not isinstance(before, fx.Node):
             return count
         batch = self._add(aten.sym_size.int, self.subset.index, 0, name="batch", like=node)
         return self._add(operator.mul, batch, count, name="size", like=node)
 
+    def _taken_again(self, node: fx.Node, copy: fx.Node) -> fx.Node:
+        """The tokens that are there, of a copy that works on the whole grid; any other copy as it is."""
+        for edit in self.walk.edits.get(node, []):
+            if isinstance(edit, WholeGrid) and self.subset is not None:
+                where = (self.subset.index, _products(edit.after), edit.grid)
+                return self._add(grids.take_from_grid, copy, *where, name="off_grid", like=node)
+        return copy
+
     def _read(self, node: fx.Node, edit: Read) -> fx.Node:
-        key = (edit.operand, edit.dims, edit.rank, edit.batch_dim)
+        table = self.mapping.get(edit.operand, edit.operand)
+        key = (table, edit.axes, edit.rank, edit.batch_dim)
         if key not in self.reads:
-            table = edit.operand
             for _ in range(edit.rank - len(table.meta["val"].shape)):
                 table = self._add(aten.unsqueeze.default, table, 0, name="table", like=node)
-            for dim, runs in edit.dims:
-                index = self._index(node, runs)
-                if edit.copies > 1:
-                    index = self._add(aten.repeat_interleave.self_int, index, edit.copies, 0, name="copies", like=node)
-                where = (table, index, dim, edit.batch_dim)
-                table = self._add(gather_scatter.take_tokens, *where, name="read", like=node)
+            for axis in edit.axes:
+                table = self._read_along(node, table, edit, axis)
             self.reads[key] = table
         return self.reads[key]
+
+    def _read_along(self, node: fx.Node, table: fx.Node, edit: Read, axis: Axis) -> fx.Node:
+        index = self._index(node, axis.runs)
+        if edit.copies > 1:
+            index = self._add(aten.repeat_interleave.self_int, index, edit.copies, 0, name="copies", like=node)
+        if axis.grid:
+            given = (table, index, axis.dim, edit.batch_dim, axis.grid)
+            return self._add(grids.read_on_grid, *given, name="read", like=node)
+        return self._add(gather_scatter.take_tokens, table, index, axis.dim, edit.batch_dim, name="read", like=node)
 
     def _index(self, node: fx.Node, runs: Runs) -> fx.Node:
         """Where the tokens that are there stand along an axis made of `runs`, (B, n)."""
@@ -147,3 +163,16 @@ class Rebuilder:
         if len(parts) == 1:
             return parts[0]
         return self._add(aten.cat.default, parts, 1, name="places", like=node)
+
+
+def _products(layout: Layout) -> grids.Dims:
+    """A layout as `runtime.grids` wants to be told it."""
+
+    def told(factor: lay.Factor) -> list[tuple[str, int]]:
+        if factor.role == "batch":
+            return [("batch", 0)]
+        if factor.role != "tokens":
+            return [("features", factor.size)]
+        return [("side", side) for side in (range(len(factor.grid)) if factor.side is None else (factor.side,))]
+
+    return tuple(tuple(each for factor in dim for each in told(factor)) for dim in layout)

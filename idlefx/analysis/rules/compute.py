@@ -7,7 +7,7 @@ from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Walk, broadcast, dimension, need_features, read_by_position, sizes_of
+from idlefx.analysis.walk import Walk, WholeGrid, broadcast, dimension, need_features, read_by_position, sizes_of
 from idlefx.graph.queries import argument, tensor_argument
 
 aten = torch.ops.aten
@@ -111,17 +111,17 @@ def addmm(walk: Walk, node: fx.Node) -> Layout:
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def matmul(walk: Walk, node: fx.Node) -> Layout:
-    """Contract features; or the keys of an attention map with their values."""
+    """Contract features; or the keys of an attention map with their values, on either side of it."""
     a, b = tensor_argument(node, 0), tensor_argument(node, 1)
     if b not in walk:
         return _outside_product(walk, node, a, b)
     if a not in walk:
-        refuse(node, "multiplies tokens with an outside matrix from the left")
+        return _product_from_left(walk, node, a, b)
     left, right = walk[a], walk[b]
     if len(left) != len(right) or any(x and y and x != y for x, y in zip(left[:-2], right[:-2], strict=True)):
         refuse(node, "multiplies tensors that are laid out differently")
-    is_map = lay.is_tokens(left[-1]) and lay.is_tokens(left[-2]) and right[-2] == left[-1]
-    if not is_map:
+    of_map = any(lay.is_tokens(x[-1]) and lay.is_tokens(x[-2]) for x in (left, right)) and right[-2] == left[-1]
+    if not of_map:
         need_features(node, left, [len(left) - 1], "contracts")
         need_features(node, right, [len(right) - 2], "contracts")
     stack = tuple(x or y for x, y in zip(left[:-2], right[:-2], strict=True))
@@ -131,11 +131,29 @@ def matmul(walk: Walk, node: fx.Node) -> Layout:
 def _outside_product(walk: Walk, node: fx.Node, a: fx.Node, b: fx.Node) -> Layout:
     sizes, layout = sizes_of(b), walk[a]
     need_features(node, layout, [len(layout) - 1], "contracts")
-    if len(sizes) > len(layout) or any(
-        s != 1 and lay.has(layout[d - len(sizes)], "tokens", "batch") for d, s in enumerate(sizes[:-2])
-    ):
+    result = layout[:-1] if len(sizes) == 1 else (*layout[:-1], lay.features(sizes[-1]))
+    own = [layout[d - len(sizes)] for d, s in enumerate(sizes[:-2]) if s != 1] if len(sizes) <= len(layout) else None
+    if own is None or any(lay.has(dim, "batch") for dim in own):
         refuse(node, "multiplies with a stack of outside matrices")
-    return layout[:-1] if len(sizes) == 1 else (*layout[:-1], lay.features(sizes[-1]))
+    if any(lay.has(dim, "tokens") for dim in own):  # a matrix for each row or column, as of a relative position
+        grid = lay.grid_of(layout)
+        if not grid:
+            refuse(node, "multiplies with a stack of outside matrices")
+        walk.edit(node, WholeGrid(a, layout, result, grid))
+    return result
+
+
+def _product_from_left(walk: Walk, node: fx.Node, a: fx.Node, b: fx.Node) -> Layout:
+    """Outside vectors times the features of each token, such as those of positions times queries."""
+    sizes, layout = sizes_of(a), walk[b]
+    stack = [layout[d - len(sizes)] for d, s in enumerate(sizes[:-2]) if s != 1] if len(sizes) <= len(layout) else None
+    if len(sizes) < 2 or len(layout) < 2 or stack is None or any(lay.has(dim, "tokens", "batch") for dim in stack):
+        refuse(node, "multiplies with a stack of outside matrices")
+    if lay.has(layout[-2], "tokens"):
+        refuse(node, "multiplies tokens with an outside matrix from the left")
+    need_features(node, layout, [len(layout) - 2], "contracts")
+    shared = (lay.features(size) for size in sizes_of(node)[:-2])
+    return (*(own or new for own, new in zip(layout[:-2], shared, strict=True)), lay.features(sizes[-2]), layout[-1])
 
 
 @rule(
@@ -168,9 +186,7 @@ def attention(walk: Walk, node: fx.Node) -> Layout:
         refuse(node, "has tokens or the batch among its features")
     mask = argument(node, 3, "attn_mask")
     scores = (*query[:-1], key[-2])
-    if mask in walk:
-        broadcast(walk, node, [mask], len(scores))
-    elif mask is not None:
+    if mask is not None:
         read_by_position(walk, node, mask, scores)
     return (*query[:-1], val[-1])
 
@@ -187,5 +203,13 @@ def convolution(walk: Walk, node: fx.Node) -> Layout:
 
 @rule(aten.conv2d.default, aten.conv2d.padding)
 def convolution_2d(walk: Walk, node: fx.Node) -> Layout:
-    """A grid of patches, whose neighbours are mixed."""
-    return refuse(node, "convolves over neighbouring tokens")
+    """A linear layer if the kernel covers one patch; else it mixes neighbours."""
+    x, weight, stride = tensor_argument(node, 0), tensor_argument(node, 1), argument(node, 3, "stride", 1)
+    if x not in walk or weight in walk:
+        refuse(node, "takes its weights from the image")
+    steps = {stride} if isinstance(stride, int) else set(stride)
+    alone = sizes_of(weight)[2:] == [1, 1] and steps == {1} and sizes_of(node)[2:] == sizes_of(x)[2:]
+    if not alone or len(walk[x]) != 4:
+        refuse(node, "convolves over neighbouring tokens")
+    need_features(node, walk[x], [1], "contracts")
+    return (walk[x][0], lay.features(sizes_of(node)[1]), *walk[x][2:])

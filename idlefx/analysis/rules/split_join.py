@@ -103,6 +103,31 @@ def cat(walk: Walk, node: fx.Node) -> Layout:
     return result
 
 
+@rule(aten.pad.default)
+def pad(walk: Walk, node: fx.Node) -> Layout:
+    """Widen features; to pad by nothing, as windows do that fit, changes nothing."""
+    layout, widths = list(walk[node.args[0]]), argument(node, 1)
+    for at in range(0, len(widths), 2):
+        if any(widths[at : at + 2]):
+            dim = len(layout) - 1 - at // 2
+            if lay.has(layout[dim], "tokens"):
+                refuse(node, "pads the token axis, as for windows")
+            need_features(node, tuple(layout), [dim], "pads")
+            layout[dim] = lay.features(sizes_of(node)[dim])
+    return tuple(layout)
+
+
+@rule(aten.roll.default)
+def roll(walk: Walk, node: fx.Node) -> Layout:
+    """Move features round."""
+    layout, dims = walk[node.args[0]], argument(node, 2, "dims", [])
+    rolled = [dims] if isinstance(dims, int) else dims or range(len(layout))
+    if any(lay.has(layout[dim], "tokens") for dim in rolled):
+        refuse(node, "rolls the token axis, as for shifted windows")
+    need_features(node, layout, rolled, "rolls")
+    return layout
+
+
 @rule(aten.stack.default)
 def stack(walk: Walk, node: fx.Node) -> Layout:
     """Put tensors of one layout side by side."""

@@ -1,0 +1,89 @@
+"""Which dimensions of a residual stream hold the tokens: one of a sequence, two next to each other of a grid."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from torch import fx
+
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.attention import Core
+from idlefx.analysis.propagation import follow
+from idlefx.analysis.refusal import RefusedOperation, refuse
+from idlefx.analysis.trunks import Trunk
+from idlefx.analysis.walk import Walk
+from idlefx.graph.queries import leaks, source_line
+from idlefx.graph.sizes import follows_batch, shape_of
+
+
+class Axes(NamedTuple):
+    """Dimensions of a residual stream.
+
+    Attributes:
+        tokens: Those of the tokens, rows before columns.
+        batch: That of the batch.
+    """
+
+    tokens: tuple[int, ...]
+    batch: int
+
+
+def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
+    """Find the dimensions that every core attends over and that come out of a block where they went in.
+
+    Args:
+        trunk: The block.
+        nodes: Its nodes.
+
+    Raises:
+        RefusedOperation: There are none, or something inside the block is read outside.
+    """
+    if len(shape_of(trunk.entry)) not in (3, 4):
+        raise RefusedOperation(
+            f"the residual stream has {len(shape_of(trunk.entry))} dimensions instead of batch, tokens and features, "
+            f"or batch, rows, columns and features (at {source_line(trunk.entry)})"
+        )
+    _check_closed(trunk, nodes)
+    refusals: list[tuple[Axes, RefusedOperation]] = []
+    for axes in _possible(trunk.entry):
+        layout = lay.stream(shape_of(trunk.entry), axes.tokens, axes.batch)
+        try:
+            walk = follow(nodes, {trunk.entry: layout})
+        except RefusedOperation as refusal:
+            refusals.append((axes, refusal))
+            continue
+        if walk[trunk.exit] == layout:
+            return axes, walk
+        refusals.append((axes, RefusedOperation("the tokens leave the block in another order", trunk.exit)))
+    # What does not hold the tokens is refused early: of the axes that went furthest is said what matters. The last
+    # dimension is that of the features in most models, and may go far where a norm is spelled out.
+    order = {node: place for place, node in enumerate(nodes)}
+    _, furthest = max(refusals, key=lambda tried: (tried[0].tokens != (2,), order.get(tried[1].node, -1)))  # type: ignore[arg-type]
+    raise furthest
+
+
+def attends_over_batch(core: Core) -> bool:
+    """Whether the queries of an attention stand where the batch does."""
+    return follows_batch(core.query.meta["val"].shape[-2])
+
+
+def _check_closed(trunk: Trunk, nodes: Sequence[fx.Node]) -> None:
+    """Refuse a block of which something else reads the inside, or that attends over the batch."""
+    if leaking := leaks(nodes, trunk.exit):
+        returned = any(user.op == "output" for user in leaking[0].users)
+        reader = "returned by the model, as an attention map may be" if returned else "read outside of it"
+        raise RefusedOperation(f"`{leaking[0].name}` inside the block is {reader} (at {source_line(leaking[0])})")
+    for core in trunk.cores:
+        if attends_over_batch(core):
+            refuse(core.out, "attends over the batch")
+
+
+def _possible(stream: fx.Node) -> Iterator[Axes]:
+    """Where batch and tokens may stand, the usual order first."""
+    shape = stream.meta["val"].shape
+    symbolic = [d for d, size in enumerate(shape) if follows_batch(size)]
+    if len(shape) == 3:
+        for batch in symbolic or [0, 1]:
+            yield from (Axes((d,), batch) for d in [d for d in range(2) if d != batch] + [2])
+    else:
+        for batch in symbolic or [0]:
+            yield from (Axes((d, d + 1), batch) for d in range(3) if batch not in (d, d + 1))
