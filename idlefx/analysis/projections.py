@@ -27,6 +27,7 @@ VIEWS = {
     aten.chunk.default, aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims,
     aten.unsqueeze.default, aten.contiguous.default, aten.clone.default, operator.getitem,
 }  # fmt: skip
+_LAYERS = (aten.linear.default, aten.conv2d.default)
 # The numbers are not laid out in memory as the features were, so that a view may need to be a copy.
 _FREE = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
 
@@ -36,7 +37,8 @@ class Projection:
     """Features that are rows of one linear layer, in the order of heads and head features.
 
     Attributes:
-        linear: The linear node; its input holds (batch, tokens, features) in any order with features last.
+        linear: The linear node; its input holds (batch, tokens, features) in any order with features last, the tokens
+            in one dimension or in the rows and columns of a grid. Or a convolution of one patch, over (B, C, H, W).
         start: First row.
         groups: How many runs of rows there are.
         stride: Rows from one run to the next.
@@ -57,9 +59,14 @@ class Projection:
         return self.start, self.groups, self.stride, self.width
 
     @property
+    def convolves(self) -> bool:
+        """Whether the layer is a convolution, which has the features in front of the tokens."""
+        return self.linear.target is aten.conv2d.default
+
+    @property
     def is_whole(self) -> bool:
         """Whether these are all rows of the layer, in order."""
-        return self.rows[:2] == (0, 1) and self.width == shape_of(self.linear)[-1]
+        return self.rows[:2] == (0, 1) and self.width == shape_of(self.linear)[1 if self.convolves else -1]
 
 
 def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Projection | None:
@@ -83,12 +90,13 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
             by = argument(current, 1)
             factor *= by if current.target is aten.mul.Tensor else 1 / by
         current = current.all_input_nodes[0]
-    if current.target is not aten.linear.default or current not in walk or node not in walk:
+    if current.target not in _LAYERS or current not in walk or node not in walk:
         return None
-    if not _plain_rows(walk[current]) or _tokens(walk[current]) != _tokens(walk[node]):
+    features = _features_dim(current, lay.flat(walk[current]))
+    if features is None or not _same_tokens(walk[current], walk[node]):
         return None
     shape = shape_of(current, SMALL_BATCH)
-    numbers: Any = torch.arange(shape[-1]).expand(shape)
+    numbers: Any = torch.arange(shape[features]).view(-1, *(1,) * (-1 - features)).expand(shape)
     for step in reversed(path):
         args, kwargs = _with_numbers(step, numbers)
         view: Any = step.target
@@ -110,14 +118,18 @@ def _is_scaling(node: fx.Node) -> bool:
     return node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(factor, (int, float)) and factor > 0
 
 
-def _plain_rows(layout: Layout) -> bool:
-    """Whether a layout is the batch and the tokens, each on an axis of its own, and features last."""
+def _features_dim(layer: fx.Node, layout: Layout) -> int | None:
+    """Where a layer has its features, counted from the last dimension; None if its batch or tokens have no own axis."""
     roles = [dim[0].role if len(dim) == 1 else "?" for dim in layout]
-    return len(roles) == 3 and roles[2] == "" and {"batch", "tokens"} == set(roles[:2])
+    if layer.target is aten.linear.default:
+        return -1 if roles in (["batch", "tokens", ""], ["tokens", "batch", ""]) else None
+    return -3 if roles == ["batch", "", "tokens"] and argument(layer, 6, "groups", 1) == 1 else None
 
 
-def _tokens(layout: Layout) -> list[lay.Factor]:
-    return [f for dim in layout for f in dim if f.role == "tokens"]
+def _same_tokens(a: Layout, b: Layout) -> bool:
+    """Whether two layouts hold the same tokens."""
+    held = [[f for dim in lay.flat(layout) for f in dim if f.role == "tokens"] for layout in (a, b)]
+    return held[0] == held[1]
 
 
 def _by_token(tensor: torch.Tensor, layout: Layout, batch: int) -> torch.Tensor:
@@ -125,7 +137,8 @@ def _by_token(tensor: torch.Tensor, layout: Layout, batch: int) -> torch.Tensor:
     factors = [f for dim in layout for f in dim]
     shape = [batch if f.role == "batch" else f.size for f in factors]
     order = sorted(range(len(factors)), key=lambda i: ("batch", "tokens", "").index(factors[i].role))
-    return tensor.reshape(shape).permute(order).flatten(2)
+    tokens = math.prod(f.size for f in factors if f.role == "tokens")
+    return tensor.reshape(shape).permute(order).reshape(batch, tokens, -1)
 
 
 def _pattern(linear: fx.Node, rows: torch.Tensor) -> Projection | None:

@@ -18,17 +18,16 @@ from torch import fx
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core
 from idlefx.analysis.blocks import Opened
-from idlefx.analysis.layouts import Layout
 from idlefx.analysis.projections import Projection, projection
 from idlefx.analysis.subset import Subset
 from idlefx.errors import PlanError
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import Made, Role, made_for, note_of
 from idlefx.graph.queries import region
-from idlefx.graph.sizes import number
 from idlefx.planning.selectors import find_selector
 from idlefx.records import Block, Step
 from idlefx.rewriting.rebuilder import Rebuilder
+from idlefx.rewriting.standard_order import flattened, heads_first, tokens_first
 from idlefx.runtime import ops
 
 aten = torch.ops.aten
@@ -103,10 +102,7 @@ class Head:
 
     def tokens_first(self, stream: fx.Node) -> fx.Node:
         """Something laid out as the stream, as (B, N, C)."""
-        order = (self.block.batch_dim, self.block.token_dim)
-        rest = next(d for d in range(3) if d not in order)
-        straight = (*order, rest) == (0, 1, 2)
-        return stream if straight else self.add(aten.permute.default, stream, [*order, rest], name="x")
+        return tokens_first(self.add, stream, self.block)
 
     def _query(self, selector: str) -> fx.Node:
         if self.class_token is None or selector == "mean":
@@ -154,7 +150,7 @@ class Head:
         heads = rebuild(node)
         if keys and core.transposed:
             heads = self.add(aten.transpose.int, heads, -2, -1, name="keys")
-        heads = self._standard(heads, layout)
+        heads = heads_first(self.add, heads, layout)
         each = lay.heads(self.walk[core.query]) // lay.heads(layout)
         if each > 1:  # grouped queries: a key serves several heads
             heads = self.add(aten.repeat_interleave.self_int, heads, each, 1, name="grouped")
@@ -167,17 +163,20 @@ class Head:
                 return
             rows = projection(self.walk, view) if view in self.walk else None
             if rows is not None:
-                if not rows.is_whole and all(len(dim) == 1 for dim in self.walk[view]):
+                alone = all(len(dim) == 1 and dim[0].side is None for dim in self.walk[view])
+                if alone and not rows.is_whole:
                     rebuild.mapping[view] = self._rows_of(rebuild, rows, view)
                 return
 
     def _rows_of(self, rebuild: Rebuilder, rows: Projection, view: fx.Node) -> fx.Node:
         layout = self.walk[view]
         given, weight, bias = self.weights(rows)
-        out = self.add(aten.linear.default, rebuild(given), weight, bias, name="rows")
+        tokens = self._features_last(rows, rebuild(given))
+        out = self.add(aten.linear.default, tokens, weight, bias, name="rows")
         features = [dim[0].size for dim in layout if not dim[0].role]
         out = self.add(aten.unflatten.int, out, 2, features, name="split")
-        order, next_feature, roles = [], 2, [dim[0].role for dim in self.walk[rows.linear][:2]]
+        token_dim = self._token_dim(rows)
+        order, next_feature, roles = [], 2, ["tokens", "batch"] if token_dim == 0 else ["batch", "tokens"]
         for dim in layout:
             order.append(roles.index(dim[0].role) if dim[0].role else next_feature)
             next_feature += not dim[0].role
@@ -188,26 +187,12 @@ class Head:
         """The input of a projection, its weight (width, C) and its bias, if any."""
         given, weight, bias = (*rows.linear.args, None)[:3]
         assert isinstance(given, fx.Node)
+        if rows.convolves:
+            weight = self.add(aten.flatten.using_ints, weight, 1, name="weight")
         if not rows.is_whole:
             weight = self.add(ops.take_rows, weight, *rows.rows, name="weight")
             bias = bias and self.add(ops.take_rows, bias, *rows.rows, name="bias")
         return given, weight, bias
-
-    def _standard(self, node: fx.Node, layout: Layout) -> fx.Node:
-        """Bring queries or keys to (B, H, N, D)."""
-        factors = [f for dim in layout for f in dim]
-        last, roles = len(factors) - 1, ("batch", "", "tokens")
-        order = [*sorted(range(last), key=lambda i: roles.index(factors[i].role)), last]
-        if order != list(range(len(factors))) or len(factors) != len(layout):
-            sizes = node.meta["val"].shape
-            count = next(number(sizes[d]) for d, dim in enumerate(layout) if lay.is_tokens(dim))
-            shape = [-1 if f.role == "batch" else count if f.role == "tokens" else f.size for f in factors]
-            node = self.add(aten.reshape.default, node, shape, name="factors")
-            node = self.add(aten.permute.default, node, order, name="ordered")
-        rank = len(factors)
-        if rank == 3:
-            return self.add(aten.unsqueeze.default, node, 1, name="one_head")
-        return self.add(aten.flatten.using_ints, node, 1, rank - 3, name="heads") if rank > 4 else node
 
     def _affine(self, selector: str) -> fx.Node:
         sums = [self.sum_over_heads(core, selector) for core in self.opened.cores]
@@ -216,8 +201,8 @@ class Head:
     def sum_over_heads(self, core: Core, selector: str) -> fx.Node:
         """Logits of one query on all tokens (B, N), up to a factor and a constant, summed over the heads of a core."""
         query, key = self.projections(core)
-        given, weight, bias = self.weights(query)
-        one = self._one_token(given, self._token_dim(query), selector)
+        _, weight, bias = self.weights(query)
+        one = self._one_token(query, selector)
         one = self.add(aten.linear.default, one, weight, bias, name="query", role="query")
         _, weight, _ = self.weights(key)
         direction = self.add(aten.matmul.default, one, weight, name="direction")
@@ -243,18 +228,27 @@ class Head:
 
     def tokens(self, rows: Projection) -> fx.Node:
         """What a projection is made of, for all tokens (B, N, C)."""
-        tokens = self.all_tokens(rows.linear.all_input_nodes[0])
+        tokens = self._all_tokens(rows)
         return self.add(aten.transpose.int, tokens, 0, 1, name="tokens") if self._token_dim(rows) == 0 else tokens
 
-    def _token_dim(self, rows: Projection) -> int:
-        return [dim[0].role for dim in self.walk[rows.linear]].index("tokens")
+    def _all_tokens(self, rows: Projection) -> fx.Node:
+        return self._features_last(rows, self.all_tokens(rows.linear.all_input_nodes[0]))
 
-    def _one_token(self, given: fx.Node, dim: int, selector: str) -> fx.Node:
-        position = self.class_token
+    def _features_last(self, rows: Projection, tokens: fx.Node) -> fx.Node:
+        """What a projection is made of, for any tokens: these in one dimension, and the features in the last."""
+        tokens = flattened(self.add, tokens, self.walk[rows.linear])
+        return self.add(aten.transpose.int, tokens, 1, 2, name="tokens") if rows.convolves else tokens
+
+    def _token_dim(self, rows: Projection) -> int:
+        return 0 if self.walk[rows.linear][0][0].role == "tokens" else 1
+
+    def _one_token(self, rows: Projection, selector: str) -> fx.Node:
+        """The class token in front of a projection, or the mean image token, (B, C)."""
+        position, dim = self.class_token, self._token_dim(rows)
         if selector != "class" or position is None:
-            one = self.add(ops.mean_tokens, self.all_tokens(given), self.prefix, dim, name="mean")
+            one = self.add(ops.mean_tokens, self._all_tokens(rows), self.prefix, dim, name="mean")
         elif self._is_nested():
-            one = self.add(aten.slice.Tensor, self.all_tokens(given), dim, position, position + 1, name="one")
+            one = self.add(aten.slice.Tensor, self._all_tokens(rows), dim, position, position + 1, name="one")
         else:
-            one = self._class_token(given)
+            one = self._class_token(rows.linear.all_input_nodes[0])
         return self.add(aten.squeeze.dim, one, dim, name="one_token")
