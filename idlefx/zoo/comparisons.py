@@ -89,7 +89,8 @@ def _arguments(batch: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
 
 
 def _tokens(model: nn.Module, table: BlockTable, batch: Inputs) -> dict[str, reference.Tokens]:
-    return reference.look(model, [block.path for block in table], lambda: _call(model, batch))
+    grids = {block.path: block.grid for block in table if block.grid}
+    return reference.look(model, [block.path for block in table], lambda: _call(model, batch), grids)
 
 
 def _call(model: nn.Module, batch: Inputs) -> Any:

@@ -144,9 +144,9 @@ UNFUSED = (
     "vit_relpos_small_patch16_224 vit_relpos_base_patch16_cls_224"
 )
 NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, name, options, blocks, what is refused
-    ("vision_transformer_sam", "samvit_base_patch16_224", SAM, 4, "has 4 dimensions"),
-    ("vision_transformer_sam", "samvit_base_patch16", {**SAM, "num_classes": 0}, 4, "has 4 dimensions"),
-    ("swin_transformer", "swin_tiny_patch4_window7_224", SWIN, 3, "has 4 dimensions"),
+    ("vision_transformer_sam", "samvit_base_patch16_224", SAM, 4, "windows"),
+    ("vision_transformer_sam", "samvit_base_patch16", {**SAM, "num_classes": 0}, 4, "windows"),
+    ("swin_transformer", "swin_tiny_patch4_window7_224", SWIN, 3, "windows"),
     ("pvt_v2", "pvt_v2_b0", {}, 8, "grid of patches"),
     ("mvitv2", "mvitv2_tiny", {"img_size": 64}, 10, "grid of patches"),
     ("xcit", "xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, None, "over the token axis"),
@@ -259,8 +259,8 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("DPT backbone", "DPTModel", {"backbone_out_indices": [0, 1, 2, 2]}, {}),
     ("DPT depth", "DPTForDepthEstimation", {**DENSE, "fusion_hidden_size": 16}, {"blocks": 4}),
     ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, {}),
-    ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager", "refused": "has 4 dimensions"}),
-    ("SAM vision", "SamVisionModel", FACE_SAM, {"refused": "has 4 dimensions"}),
+    ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager", "refused": "windows"}),
+    ("SAM vision", "SamVisionModel", FACE_SAM, {"refused": "windows"}),
     ("Swin", "SwinModel", {**FACE_SWIN, "window_size": 4}, {"blocks": 2, "refused": "windows"}),
 )
 

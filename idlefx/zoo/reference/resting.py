@@ -8,7 +8,8 @@ position, that is what it gives on the working tokens alone.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -163,10 +164,17 @@ class Attention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is always kept in a block: the positions that no image flows into, and the class token if there is one."""
+    """The tokens of a block, and which of them are always kept.
+
+    Attributes:
+        prefix: The positions that no image flows into.
+        class_token: The position of the class token, if there is one.
+        dims: Where the tokens stand in the residual stream: on a grid in two dimensions, rows and columns.
+    """
 
     prefix: tuple[int, ...]
     class_token: int | None
+    dims: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)
@@ -183,13 +191,19 @@ class Answer:
     excess: float
 
 
-def look(model: nn.Module, paths: Sequence[str], call: Callable[[], Any]) -> dict[str, Tokens]:
+def look(
+    model: nn.Module,
+    paths: Sequence[str],
+    call: Callable[[], Any],
+    grids: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> dict[str, Tokens]:
     """Find prefix and class token by running the model on different images, and by gradients.
 
     Args:
         model: The dense model.
         paths: Module paths of its blocks, in order.
         call: Runs the model on a batch of different images.
+        grids: For blocks whose tokens stand on a grid, the numbers of rows and columns.
     """
     inputs: dict[str, Tensor] = {}
     streams: dict[str, Tensor] = {}
@@ -197,28 +211,44 @@ def look(model: nn.Module, paths: Sequence[str], call: Callable[[], Any]) -> dic
         for path in paths:
 
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-                inputs[path] = _stream((args, kwargs))
+                inputs[path] = _stream((args, kwargs), rank=4 if path in grids else 3)
                 streams[path] = _stream(output, inputs[path].shape)
 
             stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
         with torch.enable_grad():
             output = call()
+    dims = {path: _token_dims(x, grids.get(path, ())) for path, x in inputs.items()}
+    flat = {path: _tokens_first(x, dims[path]) for path, x in inputs.items() if x.ndim == 2 + len(dims[path])}
     prefixes: dict[int, tuple[int, ...]] = {}
-    for x in inputs.values():
-        same = (x == x[:1]).flatten(2).all(2).all(0)
+    for x in flat.values():
+        same = (x == x[:1]).all(2).all(0)
         prefixes.setdefault(x.shape[1], tuple(same.nonzero().flatten().tolist()))
-    reads = [_read(leaf, streams[paths[-1]]) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    return {path: _tokens(prefixes[x.shape[1]], reads) for path, x in inputs.items()}
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    last = paths[-1]
+    reads = [_read(leaf, streams[last], dims[last]) for leaf in leaves if last in flat]
+    return {path: replace(_tokens(prefixes[x.shape[1]], reads), dims=dims[path]) for path, x in flat.items()}
+
+
+def _token_dims(x: Tensor, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """Where the tokens stand: on a grid in two dimensions of its sizes, next to each other."""
+    sides = [(d, d + 1) for d in range(1, x.ndim - 1) if tuple(x.shape[d : d + 2]) == grid]
+    return sides[0] if sides else (1,)
+
+
+def _tokens_first(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """A residual stream as (B, N, C)."""
+    return x.movedim(dims, tuple(range(1, 1 + len(dims)))).flatten(1, len(dims))
 
 
 @torch.enable_grad()
-def _read(leaf: Tensor, stream: Tensor) -> set[int]:
+def _read(leaf: Tensor, stream: Tensor, dims: tuple[int, ...]) -> set[int]:
     """Positions of the stream that an output depends on."""
     if not leaf.requires_grad:
         return set()
     noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0))
-    (gradient,) = torch.autograd.grad((leaf * noise).sum(), stream, retain_graph=True, allow_unused=True)
-    return set() if gradient is None else set(gradient.abs().sum((0, 2)).nonzero().flatten().tolist())
+    gradients = torch.autograd.grad((leaf * noise).sum(), stream, retain_graph=True, allow_unused=True)
+    read = [_tokens_first(gradient, dims).abs().sum((0, 2)) for gradient in gradients if gradient is not None]
+    return {int(position) for sums in read for position in sums.nonzero()}
 
 
 def _tokens(prefix: tuple[int, ...], reads: list[set[int]]) -> Tokens:
@@ -229,10 +259,10 @@ def _tokens(prefix: tuple[int, ...], reads: list[set[int]]) -> Tokens:
     return Tokens(prefix, min(alone) if alone else prefix[0] if some else None)
 
 
-def _stream(values: Any, shape: torch.Size | None = None) -> Tensor:
+def _stream(values: Any, shape: torch.Size | None = None, rank: int = 3) -> Tensor:
     """The residual stream among the inputs or outputs of a block: of that shape, unless the block pools its tokens."""
     tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-    return next(t for t in (*(t for t in tensors if t.shape == shape), *(t for t in tensors if t.ndim == 3)))
+    return next(iter((*(t for t in tensors if t.shape == shape), *(t for t in tensors if t.ndim == rank), *tensors)))
 
 
 def kept_tokens(keep: float, tokens: int) -> int:
@@ -289,8 +319,8 @@ def _idling(
     dense: Callable[..., Any], keep: float, tokens: Tokens, chosen: Tensor, excesses: list[float]
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        x = _stream((args, kwargs))
-        batch, count = x.shape[:2]
+        x = _stream((args, kwargs), rank=2 + len(tokens.dims))
+        batch, count = x.shape[0], math.prod(x.shape[dim] for dim in tokens.dims)
         working = torch.zeros(batch, count, dtype=torch.bool).scatter_(1, chosen, True)
         wanted = len(tokens.prefix) + kept_tokens(keep, count - len(tokens.prefix))
         if not working[:, list(tokens.prefix)].all() or not (working.sum(1) == wanted).all():
@@ -306,7 +336,8 @@ def _idling(
         excesses.append(float(((best - worst) / spread).clamp(min=0).max()))
         with Attention(batch, count, working):
             output = dense(*args, **kwargs)
-        put = lambda t: torch.where(working[..., None], t, x) if t.shape == x.shape else t  # noqa: E731
+        works = working.view([x.shape[d] if d in (0, *tokens.dims) else 1 for d in range(x.ndim)])
+        put = lambda t: torch.where(works, t, x) if t.shape == x.shape else t  # noqa: E731
         return tree_map_only(Tensor, put, output)
 
     return forward
