@@ -53,7 +53,7 @@ def test_table_of_times_is_that_of_the_shipped_results():
 def test_tables_of_the_real_model_are_those_of_the_shipped_results(columns):
     results = json.loads((RESULTS / "real_study.json").read_text())
     measured = {(result["method"], result["level"]): result for result in results}
-    for method in ("rest", "pruned", "ToMe", "follow, 3 stages", "follow, 6 stages"):
+    for method in ("rest", "pruned", "ToMe", "follow, 3 stages", "follow, 6 stages", "follow, 6 stages, joined"):
         wanted = [measured[method, level][column] for level in (1, 2, 3) for column in columns]
         label = method if method == "ToMe" or "stages" in method else f"{method}, 3 stages"
         rows = [[cell.strip("*") for cell in row[1:]] for row in documents.rows() if row[0] == label and len(row) == 10]

@@ -15,10 +15,9 @@ from tests.models.generated import Config, inputs
 from tests.models.generated import build as build_generated
 from tests.models.generated.config import CHOICES, MOSTLY_THE_SIMPLEST
 from tests.models.small import DEPTH, MODELS, build, images
-from tests.oracles import following, following_generated, following_zoo
-from tests.support import generated_habits as habits
+from tests.oracles import following_zoo
 from tests.support.cases import relative_error
-from tests.support.following_check import agrees, groups_alike, stages_of
+from tests.support.following_check import agrees, check_following, stages_of
 
 BASIC = ("vit", "gap", "hand_written")
 PATHS = [f"blocks.{index}" for index in range(DEPTH)]
@@ -45,25 +44,6 @@ def test_converted_equals_the_reference(name):
     assert any(map(compare, range(5))), "rounding decides who follows whom"
 
 
-def check(config: Config, layers: list[int], keep: float | list[float], reselect: bool = True) -> bool:
-    """Hold a conversion of a generated model against its reference; False where rounding decides."""
-    plan = {"layers": layers, "keep": keep, "reselect": reselect, "idle": "follow"}
-    plan["example_inputs"] = inputs(config, 2, seed=9)
-    if words := habits.refusal_of(config):
-        with pytest.raises(idlefx.IdleFxError, match=words):
-            idlefx.convert(habits.given(config), **plan)
-        return True
-    with habits.announced(config):
-        idle = idlefx.convert(habits.given(config), **plan)
-    x, stages = inputs(config, 3, seed=1), stages_of(idle)
-
-    def reference(model: nn.Module, gradients: bool) -> following.Result:
-        return following_generated.run(model, stages, x, gradients=gradients)
-
-    alike = groups_alike(idle.eval(), x, reference(habits.in_mode(config, False), False))
-    return alike and habits.check_calls(idle, config, reference, x)
-
-
 HARD = [
     (Config(outputs="features"), [0, 2]),  # what is read between two blocks
     (Config(outputs="skips", residual="in_place", block="attention_only"), [0]),  # what is joined with the stream
@@ -78,7 +58,7 @@ HARD = [
 @pytest.mark.parametrize(("config", "layers"), HARD, ids=lambda value: None)
 def test_hard_combination(config, layers):
     assert config.normalised() == config
-    assert check(config, layers, 0.5)
+    assert check_following(config, layers, 0.5)
 
 
 def configs() -> st.SearchStrategy[Config]:
@@ -105,7 +85,7 @@ def test_any_spelling_equals_its_reference(part):
         config = data.draw(configs(), label="config")
         layers = data.draw(st.sets(st.sampled_from(range(config.depth)), min_size=1), label="layers")
         keep, reselect = data.draw(st.integers(17, 95), label="keep") / 100, data.draw(st.booleans(), label="reselect")
-        compared.append(check(config, sorted(layers), keep, reselect))
+        compared.append(check_following(config, sorted(layers), keep, reselect))
 
     seed(part)(converts)()
     assert sum(compared) >= 0.8 * len(compared), "rounding decided too often"

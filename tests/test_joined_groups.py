@@ -15,8 +15,7 @@ from tests.models.generated import Config
 from tests.models.small import DEPTH, MODELS, build, images
 from tests.oracles import following_zoo
 from tests.support.cases import relative_error
-from tests.support.following_check import agrees, stages_of
-from tests.test_following import check
+from tests.support.following_check import agrees, check_following, stages_of
 
 PLAN = {"layers": [0, 1, 2], "keep": 0.7, "idle": "follow", "reselect": False}
 PATHS = [f"blocks.{index}" for index in range(DEPTH)]
@@ -55,7 +54,7 @@ HARD = [
 @pytest.mark.parametrize("config", HARD, ids=lambda value: None)
 def test_hard_combination(config):
     assert config.normalised() == config
-    assert check(config, [0, 1, 2], 0.7, reselect=False)
+    assert check_following(config, [0, 1, 2], 0.7, reselect=False)
 
 
 def test_who_is_together_stays_together():

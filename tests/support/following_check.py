@@ -1,11 +1,15 @@
 """Hold a model whose tokens follow against what the reference says."""
 
+import pytest
 import torch
+from torch import nn
 
 import idlefx
 from idlefx.runtime.selections import groups
 from idlefx.zoo.reference.groups import Stage
-from tests.oracles import following
+from tests.models.generated import Config, inputs
+from tests.oracles import following, following_generated
+from tests.support import generated_habits as habits
 from tests.support.generated_check import error_of
 
 CLEAR = 1e-5  # a narrower choice is decided by rounding
@@ -33,3 +37,22 @@ def agrees(idle: idlefx.IdleModule, x: tuple[torch.Tensor, ...], expected: follo
     with torch.no_grad():
         assert error_of(idle(*x), expected.output) <= 1e-5
     return True
+
+
+def check_following(config: Config, layers: list[int], keep: float | list[float], reselect: bool = True) -> bool:
+    """Hold a conversion of a generated model against its reference; False where rounding decides."""
+    plan = {"layers": layers, "keep": keep, "reselect": reselect, "idle": "follow"}
+    plan["example_inputs"] = inputs(config, 2, seed=9)
+    if words := habits.refusal_of(config):
+        with pytest.raises(idlefx.IdleFxError, match=words):
+            idlefx.convert(habits.given(config), **plan)
+        return True
+    with habits.announced(config):
+        idle = idlefx.convert(habits.given(config), **plan)
+    x, stages = inputs(config, 3, seed=1), stages_of(idle)
+
+    def reference(model: nn.Module, gradients: bool) -> following.Result:
+        return following_generated.run(model, stages, x, gradients=gradients)
+
+    alike = groups_alike(idle.eval(), x, reference(habits.in_mode(config, False), False))
+    return alike and habits.check_calls(idle, config, reference, x)
