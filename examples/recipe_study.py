@@ -21,13 +21,14 @@ import idlefx
 from idlefx.data import scenes
 from idlefx.finetune import Settings, finetune
 from idlefx.models import saliency_vit
-from idlefx.training.config import UNLABELLED_LR
+from idlefx.training.config import UNLABELLED, UNLABELLED_LR
 from idlefx.utils.files import whole_file
 
 RESULTS = Path(__file__).parent / "results" / "recipe_study.json"
 BATCH = 16
 RECIPES: dict[str, dict[str, Any]] = {  # what is different from the defaults; "lr" is a factor
     "default": {},
+    "bfloat16": {"amp": True},
     "a third of the learning rate": {"lr": 1 / 3},
     "three times the learning rate": {"lr": 3},
     "ten times the learning rate": {"lr": 10},
@@ -36,8 +37,9 @@ RECIPES: dict[str, dict[str, Any]] = {  # what is different from the defaults; "
     "optimiser watches for a tenth": {"state_warmup": 0.1, "warmup": 0.0},
     "weight decay": {"weight_decay": 0.05},
     "averaged": {"ema": 0.99},
-    "stages alone": {"parameters": "stages"},
-    "norms and biases alone, at ten times the rate": {"parameters": "norms", "lr": 10},
+    "all parameters": {"parameters": "all"},
+    "vectors no faster": {"vector_lr": 1.0},
+    "norms and biases alone": {"parameters": "norms"},
     "feature by squares": {"distance": {"feature": "squared"}},
     "token cut loss": {"w_cut": 1.0},
 }
@@ -68,7 +70,9 @@ def dense_model() -> nn.Module:
 def settings_of(run: Run) -> Settings:
     """The settings of a recipe."""
     changes = dict(RECIPES[run.recipe])
-    changes["lr"] = UNLABELLED_LR[run.idle] * changes.get("lr", 1)
+    if "lr" in changes:
+        rate = UNLABELLED_LR[run.idle] * changes["lr"]
+        changes = {"vector_lr": UNLABELLED["vector_lr"]} | changes | {"lr": rate}
     return Settings(steps=run.steps, seed=run.seed, patience=0, looks=5, **changes)
 
 

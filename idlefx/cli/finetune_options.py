@@ -104,16 +104,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _setting(group: Any, setting: Field[Any]) -> None:
     name, default, text = setting.name, setting.default, setting.metadata["help"]
+    kind: Any = setting.type if default is None else type(default)
     if default is MISSING:
         group.add_argument(
             flag(name), action=Named, type=NAMED[name], default={}, nargs="+", metavar="NAME=…", help=text
         )
     elif isinstance(default, bool):
         add_switch(group, name, default, text)
-    elif isinstance(default, str):
+    elif kind is str:
         group.add_argument(flag(name), choices=TRAINED, default=default, help=text)
     else:
-        kind = setting.type if default is None else type(default)
         group.add_argument(flag(name), type=kind, default=default, metavar="NUMBER", help=text)
 
 

@@ -14,13 +14,16 @@ TRAINED = ("all", "stages", "norms")
 # What is None in a `Settings` until the kind of the data is known.
 LABELLED: Mapping[str, Any] = {
     "epochs": 30, "min_lr": 1e-6, "warmup": 0.05, "weight_decay": 0.05, "w_cut": 20.0, "ema": 0.99996, "patience": 0,
+    "vector_lr": 1.0, "parameters": "all",
 }  # fmt: skip
 # Near the teacher AdamW's first steps do more harm than a short run repairs: a long warm-up, and nothing that pulls
-# the weights away from where they are.
+# the weights away from where they are. Steps of AdamW are as large for a weight that hardly matters as for one that
+# does: of the noise of a few images least comes through vectors, and none through what comes before the first stage.
 UNLABELLED: Mapping[str, Any] = {
     "epochs": 1, "min_lr": 0.0, "warmup": 1 / 3, "weight_decay": 0.0, "w_cut": 0.0, "ema": 0.0, "patience": 5,
+    "vector_lr": 20.0, "parameters": "stages",
 }  # fmt: skip
-UNLABELLED_LR = {"follow": 3e-6, "rest": 2e-5}  # what follows is near the teacher already, what rests is far
+UNLABELLED_LR = {"follow": 1e-6, "rest": 2e-5}  # what follows is near the teacher already, what rests is far
 UNLABELLED_BUDGET = 10.0  # minutes, where neither steps nor epochs nor a budget are named
 
 
@@ -29,7 +32,10 @@ def _option(default: Any, text: str) -> Any:
 
 
 def _by_data(name: str, text: str) -> Any:
-    return _option(None, f"{text} (default: {LABELLED[name]:g} with labels, {UNLABELLED[name]:.3g} without)")
+    labelled, unlabelled = (
+        each if isinstance(each, str) else f"{each:.5g}" for each in (LABELLED[name], UNLABELLED[name])
+    )
+    return _option(None, f"{text} (default: {labelled} with labels, {unlabelled} without)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Settings:
     warmup: float = _by_data("warmup", "share of the run over which the learning rate rises")
     state_warmup: float = _option(0.0, "share of the run at whose start the optimiser only watches the gradients")
     weight_decay: float = _by_data("weight_decay", "of AdamW")
+    vector_lr: float = _by_data(
+        "vector_lr", "factor of the learning rate of norms, biases and other vectors; 1 where lr is named"
+    )
     layer_decay: float = _option(1.0, "factor of the learning rate from each block to the one before; 1: none")
     clip: float = _option(1.0, "largest norm of the gradients; 0: any")
     w_cut: float = _by_data("w_cut", "weight of the token cut loss")
@@ -78,7 +87,9 @@ class Settings:
     cutmix: float = _option(1.0, "strength of cutmix; 0: none; with labels")
     smoothing: float = _option(0.1, "label smoothing")
     ema: float = _by_data("ema", "decay of the averaged weights, reached slowly from 0; 0: no averaging")
-    parameters: str = _option("all", "what is trained: all, the stages in which tokens idle, or norms and biases alone")
+    parameters: str = _by_data(
+        "parameters", "what is trained: all, the stages in which tokens idle, or norms and biases alone"
+    )
     train_all: bool = _option(False, "train class token and positions too")
     looks: int = _option(10, "how often the held-out images are looked at; with labels after every epoch")
     patience: int = _by_data("patience", "looks without a better one after which the run ends; 0: it does not")
@@ -91,8 +102,8 @@ class Settings:
         for name, least, most in (
             ("epochs", 1, None), ("steps", 0, None), ("budget", 0, None), ("accumulate", 1, None), ("lr", 0, None),
             ("min_lr", 0, None), ("warmup", 0, 1), ("state_warmup", 0, 1), ("weight_decay", 0, None),
-            ("layer_decay", 0, 1), ("clip", 0, None), ("w_cut", 0, None), ("cut_warmup", 0, 1), ("w_kd", 0, None),
-            ("w_feat", 0, None), ("mixup", 0, None), ("cutmix", 0, None), ("smoothing", 0, 1),
+            ("vector_lr", 0, None), ("layer_decay", 0, 1), ("clip", 0, None), ("w_cut", 0, None), ("cut_warmup", 0, 1),
+            ("w_kd", 0, None), ("w_feat", 0, None), ("mixup", 0, None), ("cutmix", 0, None), ("smoothing", 0, 1),
             ("ema", 0, 1), ("looks", 1, None), ("patience", 0, None), ("checkpoint_minutes", 0, None),
             ("seed", 0, None),
         ):  # fmt: skip
@@ -100,7 +111,8 @@ class Settings:
             if value is not None and not (value >= least and (most is None or value <= most)):
                 bounds = f"at least {least}" if most is None else f"between {least} and {most}"
                 raise InputError(f"settings: {name} is {value}; expected {bounds}")
-        _check_word("parameters", self.parameters, TRAINED)
+        if self.parameters is not None:
+            _check_word("parameters", self.parameters, TRAINED)
         for output, kind in self.distance.items():
             _check_word(f"distance of {output}", kind, DISTANCES)
         for output, weight in self.weight.items():
@@ -117,6 +129,8 @@ class Settings:
         defaults = LABELLED if labelled else UNLABELLED
         changes = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if not labelled:
+            if self.lr and self.vector_lr is None:
+                changes["vector_lr"] = 1.0  # a rate that is named is that of all
             changes["lr"] = self.lr or UNLABELLED_LR[idle]
             if "epochs" in changes and not self.steps and not self.budget:
                 changes["budget"] = UNLABELLED_BUDGET

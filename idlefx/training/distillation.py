@@ -62,8 +62,8 @@ class Distillation:
         device = next(self.idle.parameters()).device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.amp):
             output = call(model, inputs)
-        output, *cut = output if self.cuts else (output,)
-        distances = self.outputs.of_batch(output, batch.inputs, self.teacher)
+            output, *cut = output if self.cuts else (output,)
+            distances = self.outputs.of_batch(output, batch.inputs, self.teacher)
         total = self.outputs.together(distances)
         return [total + self.settings.cut_weight(step, steps) * sum(cut), *distances.values(), *cut]
 
