@@ -129,7 +129,7 @@ class Settings:
         defaults = LABELLED if labelled else UNLABELLED
         changes = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         if not labelled:
-            if self.lr and self.vector_lr is None:
+            if self.lr and "vector_lr" in changes:
                 changes["vector_lr"] = 1.0  # a rate that is named is that of all
             changes["lr"] = self.lr or UNLABELLED_LR[idle]
             if "epochs" in changes and not self.steps and not self.budget:
