@@ -50,8 +50,17 @@ def wanted() -> idlefx.IdleModule:
     return idlefx.convert(Encoder().eval(), **PLAN, example_inputs=torch.randn(2, 3, 64, 64))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+BASIC = [("no_grad", True), ("inference_mode", False)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "frozen"),
+    [
+        pytest.param(mode, frozen, marks=() if (mode, frozen) in BASIC else pytest.mark.slow)
+        for mode in MODES
+        for frozen in (False, True)
+    ],
+)
 def test_fast_path_of_encoders_hides_nothing(mode, frozen):
     model, x = Encoder().eval().requires_grad_(not frozen), torch.randn(2, 3, 64, 64)
     with MODES[mode]():

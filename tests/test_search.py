@@ -13,6 +13,7 @@ from idlefx.errors import InputError, PlanError
 from idlefx.options import PlanOptions
 from idlefx.search import search
 from idlefx.search.candidates import Candidates
+from idlefx.search.journal import Journal
 from idlefx.search.search import Search
 from idlefx.search.shapes import Shape, even_tapers, filled, fitted
 from idlefx.search.work import Work
@@ -150,18 +151,17 @@ def interrupt_after(monkeypatch, looks):
 
 @pytest.mark.slow
 def test_interrupted_search_keeps_its_best_and_goes_on_where_it_was(tmp_path, monkeypatch):
-    out = tmp_path / "plan.json"
+    out, wanted = tmp_path / "plan.json", found()
     with monkeypatch.context() as patched:
         interrupt_after(patched, 3)
         first = planned(dense(), speedup=1.5, trials=1, out=out)
     assert first.findings.interrupted and "interrupted" in str(first) and first.findings.tried == 3
     assert idlefx.report(idlefx.convert(dense(), plan=idlefx.read_plan(out))).ratio >= 1.5
-    ran = []
-    make = Candidates.make
-    monkeypatch.setattr(Candidates, "make", lambda self, options: ran.append(options) or make(self, options))
+    found_now, put = [], Journal.put
+    monkeypatch.setattr(Journal, "put", lambda *given: found_now.append(given[1]) or put(*given))
     whole = planned(dense(), speedup=1.5, trials=1, out=out, resume=True)
-    assert whole.to_dict() == found().to_dict() and whole.findings.tried == found().findings.tried
-    assert len(ran) <= whole.findings.tried + search.FINALISTS
+    assert whole.to_dict() == wanted.to_dict() and whole.findings.tried == wanted.findings.tried
+    assert found_now.count(search.FEW) == whole.findings.tried - first.findings.tried
     assert idlefx.read_plan(out).to_dict() == whole.to_dict()
     assert list(tmp_path.iterdir()) == [out], "what was kept to go on with is gone"
 

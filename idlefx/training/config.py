@@ -18,7 +18,7 @@ LABELLED: Mapping[str, Any] = {
 }  # fmt: skip
 # Near the teacher AdamW's first steps do more harm than a short run repairs: a long warm-up, and nothing that pulls
 # the weights away from where they are. Steps of AdamW are as large for a weight that hardly matters as for one that
-# does: of the noise of a few images least comes through vectors, and none through what comes before the first stage.
+# does; in short runs on the real model vectors could take larger ones, and what comes before the first stage none.
 UNLABELLED: Mapping[str, Any] = {
     "epochs": 1, "min_lr": 0.0, "warmup": 1 / 3, "weight_decay": 0.0, "w_cut": 0.0, "ema": 0.0, "patience": 5,
     "vector_lr": 20.0, "parameters": "stages",
