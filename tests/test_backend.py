@@ -44,6 +44,7 @@ def test_each_model_is_compiled_by_itself(idle):
     assert len({id(model.forward.__code__) for model in models}) == 3
 
 
+@pytest.mark.slow
 def test_going_from_mode_to_mode_compiles_nothing_anew():
     counter = CompileCounterWithBackend("eager")
     fast = idlefx.compile(idlefx.convert(build("vit", depth=2, drop_rate=0.5), [1], 0.5), backend=counter)

@@ -71,7 +71,7 @@ def test_fast_path_of_encoders_hides_nothing(mode, frozen):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_the_fast_path_computes_is_what_keeping_all_does(frozen):
     model, x = Encoder().eval().requires_grad_(not frozen), torch.randn(2, 3, 64, 64)
     assert torch.allclose(idlefx.convert(model, [1], 1.0, example_inputs=x)(x), model(x), atol=1e-5)

@@ -143,7 +143,7 @@ def test_own_selector_is_used(graphs):
 
 def test_options_are_those_of_convert(graphs):
     known = {each.name for each in dataclasses.fields(idlefx.PlanOptions)}
-    assert known == inspect.signature(idlefx.convert).parameters.keys() - {"model", "example_inputs", "copy"}
+    assert known == inspect.signature(idlefx.convert).parameters.keys() - {"model", "plan", "example_inputs", "copy"}
     model, options, x = build("vit"), {**OPTIONS, "multiple_of": 8}, torch.randn(2, 3, 48, 48)
     assert torch.allclose(compiled(model, options)(x), idlefx.convert(model, **options)(x), atol=1e-5)
 

@@ -91,9 +91,9 @@ def test_class_attention_by_hand():
 
 
 def test_stages_of_a_plan():
-    assert following.stages([3, 6, 9], 0.7, "stages", 196, 12) == [(3, 6, 137), (6, 9, 96), (9, 12, 67)]
-    assert following.stages([1, 3], [0.5, 0.75], "stages", 16, 4) == [(1, 3, 8), (3, 4, 12)]
-    assert following.stages([1, 3], 0.5, "blocks", 16, 4) == [(1, 2, 8), (3, 4, 8)]
+    assert following.stages([3, 6, 9], 0.7, "stages", 196, 12) == [Stage(3, 6, 137), Stage(6, 9, 96), Stage(9, 12, 67)]
+    assert following.stages([1, 3], [0.5, 0.75], "stages", 16, 4) == [Stage(1, 3, 8), Stage(3, 4, 12)]
+    assert following.stages([1, 3], 0.5, "blocks", 16, 4) == [Stage(1, 2, 8), Stage(3, 4, 8)]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from tests.support.following_check import agrees, check_following, stages_of
 
 PLAN = {"layers": [0, 1, 2], "keep": 0.7, "idle": "follow", "reselect": False}
 PATHS = [f"blocks.{index}" for index in range(DEPTH)]
-BASIC = ("vit", "hand_written")
+BASIC = ("vit",)
 
 
 def converted(name: str, **options: Any) -> tuple[nn.Module, idlefx.IdleModule]:

@@ -24,7 +24,7 @@ def run(path, *tensors):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit", "registers_map"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("registers_map", marks=pytest.mark.slow)])
 def test_onnx_equals_eager_in_plain_operations(name, tmp_path):
     model = build(name)
     idle = idlefx.convert(model, [1, 3], 0.5)
@@ -102,6 +102,7 @@ def build_vit():
     return build("vit")
 
 
+@pytest.mark.slow
 def test_onnxruntime_is_timed_with_dense_and_idle_packaged_alike(capsys):
     options = ["--example-shape", "2,3,48,48", "--batch-size", "2", "--idle", "follow", "--baseline", "first"]
     assert main([*COMMAND, *options, "--runtime", "onnxruntime"]) == 0
@@ -112,7 +113,7 @@ def test_onnxruntime_is_timed_with_dense_and_idle_packaged_alike(capsys):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("idle", ["rest", "follow"])
+@pytest.mark.parametrize("idle", [pytest.param("rest", marks=pytest.mark.slow), "follow"])
 def test_session_is_called_like_its_model(idle):
     model = build("vit")
     converted = idlefx.convert(model, [1, 2], 0.5, idle=idle)

@@ -157,9 +157,10 @@ def test_shell_draws_the_plot(tmp_path, capsys):
     assert shell.main([*COMMAND, "--plot", str(tmp_path / "speed.gif")]) == 2
 
 
-def test_first_tokens_bound_what_following_costs(capsys):
+@pytest.mark.parametrize("reselect", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["anew", "joined"])
+def test_first_tokens_bound_what_following_costs(reselect, capsys):
     model, _, x = pair()
-    idle = idlefx.convert(model, [1, 2], 0.5, idle="follow", example_inputs=x)
+    idle = idlefx.convert(model, [1, 2], 0.5, idle="follow", reselect=reselect, example_inputs=x)
     first = first_tokens(idle)
     products = [torch.ops.aten.linear.default, torch.ops.aten.scaled_dot_product_attention.default]
     for target in products:

@@ -47,7 +47,7 @@ def test_every_block_holds_its_own_attention():
     assert len({block.macs for block in table}) == 1
 
 
-@pytest.mark.parametrize("label", ["SAM vision, eager", "ViTDet backbone, eager"])
+@pytest.mark.parametrize("label", [pytest.param("SAM vision, eager", marks=pytest.mark.slow), "ViTDet backbone, eager"])
 def test_rows_of_the_compatibility_table_say_how_many_blocks_there_are(label):
     pytest.importorskip("transformers")
     (entry,) = find(f"^{label}")

@@ -56,6 +56,7 @@ def test_deit_s_costs_2_88_of_4_60_gmacs():
         assert word in text
 
 
+@pytest.mark.slow
 def test_where_the_score_is_not_affine_keys_are_projected_but_no_values():
     affine = idlefx.report(converted("vit", Case((1,), 0.5)))
     keys = idlefx.report(converted("qk_norm", Case((1,), 0.5)))

@@ -127,6 +127,7 @@ def test_idle_tokens_keep_their_places_in_the_output():
         torch.testing.assert_close(pruned(x)[image, idle], untouched[image, idle])
 
 
+@pytest.mark.slow
 def test_training_prunes_too_and_with_the_cut_loss():
     model = build("vit", drop_path_rate=0.3, proj_drop_rate=0.2)
     pruned = convert_case(model, FALLING, reselect=False).train()

@@ -114,6 +114,7 @@ def test_over_tokens_it_is_refused(activation, words):
     assert says(refusal, words, r"test_rules\.py|activation\.py"), refusal
 
 
+@pytest.mark.slow
 def test_blocks_of_levit_idle():
     import timm
 

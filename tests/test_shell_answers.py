@@ -45,7 +45,7 @@ def test_version(words, capsys):
 @pytest.mark.parametrize(
     ("words", "command", "message"),
     [
-        (["draw", "--model", "x"], "draw", "the following arguments are required: --layers, --out"),
+        (["draw", "--model", "x"], "draw", "the following arguments are required: --out"),
         (["zoo", "--fast"], "zoo", "unrecognized arguments: --fast"),
         (["inspect", *MODEL, "photo.jpg"], "inspect", "unrecognized arguments: photo.jpg"),
         (["convert", *MODEL, "--schedule", "odd"], "convert", "argument --schedule: invalid choice: 'odd'"),

@@ -19,8 +19,7 @@ from tests.support import documents
 PLAIN = partial(small.build, "vit")
 # One of each library, and one of each kind of refusal; the others are slow tests.
 FIRST = (
-    "vit_tiny_patch16_224", "torchvision ViT", "DINOv2 with registers, eager", "swin_tiny_patch4_window7_224",
-    "convit_tiny", "resnet10t",
+    "vit_tiny_patch16_224", "torchvision ViT", "DINOv2 with registers, eager", "convit_tiny", "resnet10t",
 )  # fmt: skip
 ROWS = [
     pytest.param(entry, id=entry.label, marks=() if entry.label in FIRST else pytest.mark.slow)

@@ -43,11 +43,14 @@ def work_on_first(idle: IdleModule) -> IdleModule:
     twin = deepcopy(idle)
     graph, workers = twin.graph, dict[fx.Node, int]()
     for node in graph.find_nodes(op="call_function", target=following.average_groups):
-        stream, index, *_, dim, _ = _arguments(node)
+        stream, index, _, _, dim, *_ = _arguments(node)
         workers[index] = shape_of(index)[1]
         for part in list(node.users):
             if part.args[1] == 0:  # the means; the sizes go with the terms that are made of them
                 _cut(part, stream, dim, workers[index])
+    for node in graph.find_nodes(op="call_function", target=aten.gather.default):
+        if (index := _arguments(node)[2]) in workers:  # positions among all tokens, where groups join
+            workers[node] = workers[index]
     for node in graph.find_nodes(op="call_function", target=gather_scatter.take_tokens):
         if node.args[1] in workers:
             tokens, index, *dims = _arguments(node)
