@@ -11,7 +11,8 @@ from idlefx.graph.notes import made_for
 from idlefx.runtime import following
 from idlefx.runtime.selections import groups, selections
 from idlefx.zoo.reference import Tokens
-from tests.models.generated import Config
+from tests.models.generated import Config, inputs
+from tests.models.generated import build as build_generated
 from tests.models.small import DEPTH, MODELS, build, images
 from tests.oracles import following_zoo
 from tests.support.cases import relative_error
@@ -83,6 +84,22 @@ def test_keeping_all_is_the_model():
     model, idle = converted("vit", keep=1.0)
     x = images(model, 2)
     assert torch.equal(idle(x), model(x))
+
+
+def test_equal_tokens_join_at_no_cost():
+    """A key counts as often as all tokens that have come together in it would, so the passes change nothing."""
+    config = Config(core="matmul", talking="linear", positions="none")
+    model = build_generated(config)
+    patches = torch.randn(2, 3, 3, 4, 4)[:, torch.arange(16) % 3]
+    image = patches.unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, 16, 16)
+    plan = PLAN | {"keep": [0.75, 0.6, 0.45], "example_inputs": inputs(config, 2)}
+    idle = idlefx.convert(model, **plan)
+    assert [stage.joins for stage in stages_of(idle)] == [False, True, True]
+    assert torch.allclose(idle(image), model(image), atol=1e-5)
+    for node in idle.graph.find_nodes(op="call_function", target=following.average_groups):
+        node.args = (*node.args[:6], None)  # as if a mean counted once
+    idle.recompile()
+    assert not torch.allclose(idle(image), model(image), atol=1e-3)
 
 
 def test_groups_of_which_as_many_are_kept_go_on():
