@@ -84,7 +84,7 @@ def test_fast_path_is_switched_on_again_after_a_refusal():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+@pytest.mark.parametrize("mode", ["no_grad", pytest.param("inference_mode", marks=pytest.mark.slow)])
 def test_backend_refuses_the_fast_path(mode, eager):
     model, x = Encoder().eval(), torch.randn(2, 3, 64, 64)
     with MODES[mode]():

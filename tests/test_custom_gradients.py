@@ -171,6 +171,7 @@ def test_backend_keeps_own_gradients_or_refuses(name, eager):
         assert idling(x).isfinite().all(), "without gradients there is nothing to lose"
 
 
+@pytest.mark.slow
 def test_compiled_converted_model_refuses_too():
     model = Changed(Reverse.apply).eval()
     with pytest.warns(UserWarning):

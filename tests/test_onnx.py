@@ -45,6 +45,7 @@ class Choices(torch.nn.Module):
         return worked, place, *ops.choose_tokens(scores, (5,), 7), *ops.choose_tokens(-scores, (0,), 4, worked)
 
 
+@pytest.mark.slow
 def test_onnx_gives_ties_to_the_lower_position(tmp_path):
     choices, batch = Choices().eval(), torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(choices, (torch.randn(2, 30),), dynamic_shapes=({0: batch},))

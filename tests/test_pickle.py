@@ -102,6 +102,7 @@ def test_it_does_the_same(model, idle, other):
         other(x[:, :, :40])
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_there(model, idle):
     other = through_pickle(idle)
     x = images(model, 3)
