@@ -25,8 +25,7 @@ from examples import tome
 from examples.real_study_shown import draw, picture, tables
 from idlefx.bench.timer import time_in_turn
 from idlefx.data import Scenes, scenes
-from idlefx.demo.photographs import kept_photographs
-from idlefx.demo.samples import kept_samples
+from idlefx.demo.gallery import kept_gallery
 from idlefx.models import saliency_vit
 from idlefx.reporting.comparison.image_batches import find_images
 from idlefx.utils.files import whole_file
@@ -135,7 +134,7 @@ def photographs(size: int, folder: Path | None) -> tuple[Tensor, Tensor, Tensor]
     """Whole photographs, and what the dense model makes of them: features (count, C) and saliency (count, S, S)."""
     data = resolve_model_data_config(dense_model(size))
     transform = create_transform(**data)
-    files = [*kept_samples(), *kept_photographs().grounds] if folder is None else find_images(folder)
+    files = kept_gallery() if folder is None else find_images(folder)
     images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     return images, *outputs(dense_model(size), images)
 
@@ -207,9 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=600, help="at 224 pixels")
     parser.add_argument("--large", type=int, default=48, help="scenes at 518 pixels; 0 for none")
-    parser.add_argument(
-        "--photographs", type=Path, metavar="FOLDER", help="whole ones; those that were fetched if none"
-    )
+    parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="whole ones; the gallery if none")
     parser.add_argument("--time", type=int, nargs="*", default=[], metavar="BATCH", help="time the compiled models too")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "real_study.json")
     parser.add_argument("--plot", type=Path, default=HERE.parent / "docs" / "real_study.png")

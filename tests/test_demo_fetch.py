@@ -138,7 +138,8 @@ def test_without_apt_photographs_are_left_out_or_refused(monkeypatch, capsys):
     monkeypatch.setattr(weights, "fetch_weights", lambda: "there")
     monkeypatch.setattr(samples, "fetch_samples", lambda: "there too")
     assert main(["fetch"]) == 0
-    assert "photographs: left out, as apt is not here" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "photographs: left out, as apt is not here" in told and "gallery: left out" in told
     assert main(["fetch", "photographs"]) == 2
     assert "apt-get is not here" in capsys.readouterr().err
 
@@ -146,7 +147,7 @@ def test_without_apt_photographs_are_left_out_or_refused(monkeypatch, capsys):
 def test_part_that_is_none_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["fetch", "wieghts"])
-    assert "there is no part 'wieghts'; there are weights, samples, photographs" in capsys.readouterr().err
+    assert "there is no part 'wieghts'; there are weights, samples, photographs, gallery" in capsys.readouterr().err
 
 
 def test_packages_without_a_picture_are_refused(tmp_path):

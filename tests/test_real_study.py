@@ -79,7 +79,8 @@ def test_tables_and_plot_show_every_result(tmp_path):
 @pytest.mark.slow
 def test_study_runs_and_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, capsys):
     try:
-        fetch_weights(), fetch_photographs(), fetch_samples()
+        fetch_weights(), fetch_photographs()
+        samples = fetch_samples()
     except InputError as refusal:
         pytest.skip(str(refusal))
     monkeypatch.setattr(real_study, "KEEPS", {224: [(0.7, 0.85)]})
@@ -90,7 +91,7 @@ def test_study_runs_and_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, 
         f"--{name}={tmp_path / name}.{kind}"
         for name, kind in (("results", "json"), ("plot", "png"), ("picture", "png"))
     ]
-    monkeypatch.setattr(sys, "argv", ["real_study", "--scenes", "15", "--large", "0", *paths])
+    monkeypatch.setattr(sys, "argv", ["real_study", "--scenes", "15", "--large", "0", f"--photographs={samples}", *paths])
     real_study.main()
     results = {r["method"]: r for r in json.loads((tmp_path / "results.json").read_text())}
     assert results.keys() == {"dense", *real_study.METHODS}

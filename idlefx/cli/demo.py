@@ -8,7 +8,8 @@ from idlefx.cli.arguments import add_version
 from idlefx.cli.exit_codes import exit_code_of
 from idlefx.cli.parser import Parser
 
-PARTS = WEIGHTS, SAMPLES, PHOTOGRAPHS = "weights", "samples", "photographs"
+PARTS = WEIGHTS, SAMPLES, PHOTOGRAPHS, GALLERY = "weights", "samples", "photographs", "gallery"
+FROM_APT = PHOTOGRAPHS, GALLERY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,22 +40,23 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument(
         "parts", nargs="*", metavar="PART",
         help=f"{WEIGHTS}: those of the real model; {SAMPLES}: four photographs; {PHOTOGRAPHS}: those that scenes are "
-        "made of, where apt is; all if not told",
+        f"made of; {GALLERY}: whole ones of animals, monuments and musicians; both where apt is; all if not told",
     )  # fmt: skip
     return parser
 
 
 def _fetch(parts: Sequence[str]) -> int:
-    from idlefx.demo import photographs, samples, weights
+    from idlefx.demo import gallery, photographs, samples, weights
 
     sources = {
         WEIGHTS: (weights.ABOUT, weights.fetch_weights),
         SAMPLES: (samples.ABOUT, samples.fetch_samples),
         PHOTOGRAPHS: (photographs.ABOUT, photographs.fetch_photographs),
+        GALLERY: (gallery.ABOUT, gallery.fetch_gallery),
     }
     for part, (about, fetch) in sources.items():
         if part in parts or not parts:
-            if not parts and part == PHOTOGRAPHS and shutil.which("apt-get") is None:
+            if not parts and part in FROM_APT and shutil.which("apt-get") is None:
                 print(f"{part}: left out, as apt is not here: {about}")
                 continue
             print(f"{part}: {about}", flush=True)

@@ -1,11 +1,11 @@
 """Real pictures: photographed things, cut out and sorted by kind, and photographs to paste them into, from Debian."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from idlefx.demo.cache import FETCH, cache_folder, run_tool, sha256_of, working_folder
+from idlefx.demo.cache import FETCH, cache_folder
+from idlefx.demo.debian import DOCUMENTS, fetch_packages, is_whole, keep_hashes
 from idlefx.errors import InputError
 
 LICENCES = {  # as the packages' own files say, which are kept beside the pictures
@@ -29,7 +29,6 @@ PHOTOGRAPHED = (  # the others are drawn
     "OneStandsOut", "Path", "summer_1am",
 )  # fmt: skip
 SIZES = ("1600x1200.jpg", "2560x1600.jpg")  # in which a wallpaper is taken: the first that it has
-MANIFEST = "hashes.json"
 
 
 class Photographs(NamedTuple):
@@ -58,7 +57,7 @@ def kept_photographs() -> Photographs:
     folder = photographs_path()
     if not folder.is_dir():
         raise InputError(f"fetch: the photographs are not in {folder}; `{FETCH}` gets {ABOUT}")
-    if not _is_whole(folder):
+    if not is_whole(folder):
         raise InputError(f"fetch: {folder} is damaged; delete it, and `{FETCH}` gets it anew")
     things = {kind: sorted(folder.joinpath("things", kind).iterdir()) for kind in KINDS}
     return Photographs(things, sorted(folder.joinpath("grounds").iterdir()))
@@ -70,24 +69,7 @@ def fetch_photographs() -> Path:
     Raises:
         InputError: There is no apt or no network, or the cache cannot be written.
     """
-    path = photographs_path()
-    if missing := [tool for tool in ("apt-get", "dpkg") if shutil.which(tool) is None]:
-        raise InputError(
-            f"fetch: {missing[0]} is not here, and the photographs are {ABOUT}; "
-            f"fetch them on Debian or Ubuntu and copy {path}"
-        )
-    with working_folder() as folder:
-        if path.is_dir() and _is_whole(path):
-            return path
-        remedy = "is there a network, and has `apt-get update` been run?"
-        run_tool(["apt-get", "download", *LICENCES], folder, "apt-get download", remedy)
-        for package in folder.glob("*.deb"):
-            run_tool(["dpkg", "-x", package.name, "unpacked"], folder, f"unpacking {package.name}", "try again")
-        collect(folder / "unpacked", folder / path.name)
-        if path.is_dir():
-            path.replace(folder / "damaged")
-        folder.joinpath(path.name).replace(path)
-    return path
+    return fetch_packages([*LICENCES], ABOUT, photographs_path(), collect)
 
 
 def collect(unpacked: Path, folder: Path) -> None:
@@ -96,27 +78,17 @@ def collect(unpacked: Path, folder: Path) -> None:
     Raises:
         InputError: A picture is not where it is looked for.
     """
-    copies = {f"licences/{name}.txt": unpacked / "usr/share/doc" / name / "copyright" for name in LICENCES}
+    copies = {f"licences/{name}.txt": unpacked / DOCUMENTS / name / "copyright" for name in LICENCES}
     for kind, place in KINDS.items():
         copies |= {f"things/{kind}/{p.name}": p for p in sorted((unpacked / STAMPS / place).glob("*.png"))}
     copies |= {f"grounds/{p.name}": p for p in sorted((unpacked / NATURE).glob("*.jpg"))}
     for name in PHOTOGRAPHED:
         images = unpacked / WALLPAPERS / name / "contents" / "images"
         copies[f"grounds/{name}.jpg"] = next((images / s for s in SIZES if (images / s).is_file()), images / SIZES[0])
-    hashes = {}
     for name, source in copies.items():
         if not source.is_file():
             raise InputError(f"fetch: the packages of this release have no {source.relative_to(unpacked)}")
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-        hashes[name] = sha256_of(target)
-    folder.joinpath(MANIFEST).write_text(json.dumps(hashes, indent=1))
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        hashes = json.loads(folder.joinpath(MANIFEST).read_text())
-        return all(sha256_of(folder / name) == known for name, known in hashes.items())
-    except (OSError, ValueError):
-        return False
+    keep_hashes(folder, copies)
