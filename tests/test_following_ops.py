@@ -19,6 +19,21 @@ def averaged(x, groups, dims=(1, 0)):
     return following.average_groups(x, workers, order, leaders, *dims)
 
 
+@pytest.mark.parametrize("stand_for", [None, torch.arange(1.0, 61).view(3, 20)])
+@pytest.mark.parametrize("kept", [1, 5, 17])
+def test_sums_without_a_product_are_those_with_one(kept, stand_for):
+    torch.manual_seed(0)
+    x = torch.randn(3, 20, 6)
+    groups = grouped(x, kept)
+    given = x, groups[0], *groups[2:], 1, 0, stand_for
+    with torch.enable_grad():
+        means, sizes = following.average_groups(*given)
+    with torch.no_grad():
+        quick, same_sizes = following.average_groups(*given)
+    assert torch.allclose(quick, means, atol=1e-6) and torch.equal(sizes, same_sizes)
+    assert torch.equal(following.average_groups(*given)[0], means), "what needs gradients keeps the product"
+
+
 def test_groups_are_those_of_the_reference():
     torch.manual_seed(0)
     x, logits = torch.randn(8, 20, 6), torch.randn(8, 20)

@@ -76,10 +76,8 @@ def _grouping(node: fx.Node) -> int:
 
 
 def _averages(node: fx.Node) -> int:
-    """The sum of the idle tokens in each group, as a product."""
-    tokens, workers, _, leaders, *_ = node.args
-    dims: Any = node.args[4:]
-    return math.prod(_shape(tokens)) // _shape(tokens)[dims[0]] * _shape(workers)[1] * _shape(leaders)[1]
+    """Each number of a token is weighed and added up."""
+    return math.prod(_shape(node.args[0]))
 
 
 def _shape(node: Any) -> list[int]:

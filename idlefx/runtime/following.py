@@ -154,12 +154,32 @@ def _followed(workers: Tensor, leaders: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _sums(x: Tensor, workers: Tensor, order: Tensor, leaders: Tensor) -> Tensor:
-    """The sum of each group (B, W, C), by a product instead of atomic additions, so that it is always the same."""
+    """The sum of each group (B, W, C), without atomic additions, so that it is always the same."""
     precision = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         idlers = order.narrow(1, workers.shape[1], leaders.shape[1])
-        followed = _followed(workers, leaders, precision)
-        return take_tokens(x, workers) + followed @ take_tokens(x, idlers).to(precision)
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            followers = _sums_in_bags(x.to(precision), idlers, leaders, workers.shape[1])
+        else:
+            followers = _followed(workers, leaders, precision) @ take_tokens(x, idlers).to(precision)
+        return take_tokens(x, workers) + followers
+
+
+def _sums_in_bags(x: Tensor, idlers: Tensor, leaders: Tensor, groups: int) -> Tensor:
+    """The sum of the idle tokens of each group (B, W, C): one bag of an embedding each, which costs no product."""
+    batch, tokens, width = x.shape
+    by_leader, places = leaders.sort(dim=1)
+    members = idlers.gather(1, places) + _rows_before(x, tokens)
+    slots = torch.arange(groups, device=x.device).expand(batch, groups).contiguous()
+    begins = torch.searchsorted(by_leader, slots) + _rows_before(x, leaders.shape[1])
+    rows_of_all = x.reshape(batch * tokens, width)
+    sums = torch.nn.functional.embedding_bag(members.flatten(), rows_of_all, begins.flatten(), mode="sum")
+    return sums.view(batch, groups, width)
+
+
+def _rows_before(x: Tensor, each: int) -> Tensor:
+    """How many rows stand before those of each image, where images are laid end to end (B, 1)."""
+    return torch.arange(x.shape[0], device=x.device).unsqueeze(1) * each
 
 
 class _Spread(torch.autograd.Function):
