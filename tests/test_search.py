@@ -15,7 +15,6 @@ from idlefx.search import search
 from idlefx.search.candidates import Candidates
 from idlefx.search.journal import Journal
 from idlefx.search.search import Search
-from idlefx.search.shapes import Shape, even_tapers, filled, fitted
 from idlefx.search.work import Work
 from tests.models.small import build, build_mixing, images
 
@@ -100,8 +99,8 @@ def test_multiply_adds_by_formula_are_those_of_the_report(name, idle):
     model = build(name)
     base = PlanOptions([0], 1.0, idle=idle)
     work = Work(Candidates(capture(model, images(model, 2)), base))
-    for layers, keep in (([1, 3], [0.8, 0.31]), ([0, 1, 2], [0.9, 0.7, 0.11])):
-        idling = idlefx.convert(model, layers, keep, idle=idle, example_inputs=images(model, 2))
+    for layers, keep, reselect in (([1, 3], [0.8, 0.31], True), ([0, 1, 2], [0.9, 0.7, 0.11], idle == "rest")):
+        idling = idlefx.convert(model, layers, keep, idle=idle, reselect=reselect, example_inputs=images(model, 2))
         assert work.gmacs(idling.plan) == pytest.approx(idlefx.report(idling).idle_gmacs, rel=2e-3)
 
 
@@ -173,31 +172,6 @@ def test_search_that_is_stopped_before_its_first_plan_is_stopped(monkeypatch):
         planned(dense(), speedup=1.5)
 
 
-def test_even_tapers_are_those_of_the_field():
-    starts = [shape.starts for shape in even_tapers(12)]
-    assert {(3, 6, 9), (1, 3, 5, 7, 9, 11), (1, 4, 7, 10), (0,), tuple(range(12))} <= set(starts)
-    assert len(starts) == len(set(starts)) < 40
-
-
-def test_neighbours_of_a_shape_are_shapes():
-    shapes = list(Shape((1, 3), (1.0, 2.0)).neighbours(4, 0.4))
-    assert len(shapes) == len(set(shapes)) > 8
-    for shape in shapes:
-        assert list(shape.starts) == sorted(set(shape.starts)) and len(shape.starts) == len(shape.depths)
-        assert shape.starts[0] >= 0 and shape.starts[-1] < 4 and all(depth > 0 for depth in shape.depths)
-
-
-def test_depth_is_the_least_that_fits():
-    assert fitted(lambda depth: 10 - depth, 7.0, 9.0) == pytest.approx(3.0, abs=1e-3)
-    assert fitted(lambda depth: 10 - depth, 10.0, 9.0) == 0.0 and fitted(lambda depth: 10.0, 7.0, 9.0) is None
-
-
-def test_what_rounding_leaves_goes_to_the_first_stages():
-    shape = Shape((1, 3), (1.0, 2.0))
-    assert shape.shares(0.5) == (38 / 64, 23 / 64) and shape.shares(shape.deepest) == (1 / 64, 1 / 64)
-    assert filled(sum, 1.0, (0.5, 15 / 32)) == (33 / 64, 31 / 64) and filled(sum, 1.0, (0.5, 0.5)) == (0.5, 0.5)
-
-
 class Constant(nn.Module):
     """A model whose output no picture changes."""
 
@@ -245,3 +219,12 @@ def test_model_without_a_block_that_can_idle_is_refused():
     model.blocks[0] = build_mixing().blocks[1]
     with pytest.raises(PlanError, match="no block of the model can let idle tokens follow"):
         planned(model.eval(), speedup=1.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("idle", ["follow", "rest"])
+def test_whether_groups_join_is_the_first_that_is_tried_where_tokens_follow(idle, monkeypatch):
+    looked, put = [], Journal.put
+    monkeypatch.setattr(Journal, "put", lambda *given: looked.append(given[2]) or put(*given))
+    planned(dense(), speedup=1.5, trials=1, idle=idle)
+    assert any(not options.reselect for options in looked) == (idle == "follow")

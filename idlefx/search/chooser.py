@@ -13,6 +13,8 @@ from idlefx.search.scoring import Scorer, change_of, worst_of
 from idlefx.search.search import Search, Tried
 from idlefx.search.worst_picture import WorstPicture, take_outputs
 
+CORRECTIONS, CLOSE = 3, 0.03  # how often a time is corrected at most, and by what share it may be off
+
 
 class Chooser:
     """Chooses a plan for one model, one budget and some pictures.
@@ -53,7 +55,7 @@ class Chooser:
         """
         limit, interrupted = self.costs.limit(), False
         try:
-            chosen, change = self._found(limit, trials)
+            chosen, change = self._settled(*self._found(limit, trials), limit)
             frontier = self._frontier(chosen)
         except KeyboardInterrupt:
             best = self._best_so_far(limit)
@@ -66,6 +68,22 @@ class Chooser:
         if limit is not None:
             return self.search.at(limit, trials)[0]
         return cheapest(self.search, self.costs.budget.value, trials)
+
+    def _settled(self, chosen: Tried, change: float, limit: float | None) -> tuple[Tried, float]:
+        """The plan, as deep as its budget of time asks once it was itself measured; predictions learn from it."""
+        timing = self.costs.timing
+        for _ in range(CORRECTIONS if timing else 0):
+            assert timing is not None
+            candidate = self.candidates.make(chosen.options)
+            off = timing.learn(candidate.plan, timing.measured_ms(candidate.module))
+            if off <= CLOSE or limit is None or self.costs.budget.unit != "ms":
+                break
+            options = self.search.fit(chosen.shape, limit)
+            if options is None:
+                break
+            chosen = self.search.look(chosen.shape, options)
+            (change,) = self.search.confirm([chosen])
+        return chosen, change
 
     def _best_so_far(self, limit: float | None) -> Tried | None:
         """What is best of the plans that were looked at, if one fits the budget."""

@@ -32,7 +32,7 @@ from idlefx.search.timing import Timing, timing_of
 from idlefx.search.work import Work
 from idlefx.utils.files import check_writable
 
-TIMED_DEPTH = 0.16  # of the plan that is timed: stages of two blocks keep 85 % of what the ones before kept
+TIMED = ((2, 0.16), (24, 0.5))  # blocks in a stage, and how deep: e^-0.16 is 85 %; plans of many choices and of one
 
 
 def plan(
@@ -135,11 +135,12 @@ def _timing(
     candidates: Candidates, pictures: Pictures, batch: int, tables: Sequence[BlockTimes] | None, journal: Journal
 ) -> Timing:
     """What times are predicted from; a search that goes on has the times that it had."""
-    places = len(candidates.usable)
-    taper = even_taper(places, min(1, places - 1), 2)
-    options = taper.options(taper.shares(TIMED_DEPTH), candidates.usable, len(candidates.blocks), candidates.base)
+    places, blocks = len(candidates.usable), len(candidates.blocks)
+    shapes = [(even_taper(places, min(1, places - 1), length), depth) for length, depth in TIMED]
+    options = [s.options(s.shares(depth), candidates.usable, blocks, candidates.base) for s, depth in shapes]
+    many, one = map(candidates.make, options)
     known = journal.notes.get("times")
-    timing = timing_of(candidates.dense, candidates.make(options), pictures.one, batch, tables, known)
+    timing = timing_of(candidates.dense, (many, one), pictures.one, batch, tables, known)
     journal.note("times", timing.told())
     return timing
 

@@ -101,8 +101,9 @@ class Findings:
 
     def _notes(self) -> list[str]:
         few, calibration, held_out = self.pictures
+        joined = "" if self.chosen.options["reselect"] else "; groups join from stage to stage (reselect=False)"
         notes = [
-            f"→ chosen for {self.budget}",
+            f"→ chosen for {self.budget}{joined}",
             f"change: 1 − cosine to the dense outputs, on {few} of {calibration} pictures that plans were chosen on",
             f"on {held_out} pictures that had no part in it, the chosen plan changes {self.change:.2g} (on the "
             f"{calibration}: {self.calibration_change:.2g}); most of all {said(self.worst_image[0])}, whose `"

@@ -6,9 +6,10 @@
 3. The best that were looked at, and the best even taper, are compared on all calibration pictures.
 """
 
+import math
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from idlefx.options import PlanOptions
@@ -66,7 +67,7 @@ class Search:
         costs = self.costs
 
         def cost(shares: Sequence[float]) -> float:
-            return costs.of(self.candidates.plan(costs.options(shape, shares)))
+            return costs.of(self.candidates.plan(costs.options(shape, shares))) if shape.allows(shares) else math.inf
 
         depth = fitted(lambda depth: cost(shape.shares(depth)), limit, shape.deepest)
         return None if depth is None else costs.options(shape, filled(cost, limit, shape.shares(depth)))
@@ -137,11 +138,13 @@ class Search:
         return None if options is None or self._meaning(options) in self.tried else self.look(shape, options)
 
     def _moves(self, tried: Tried, step: float, draw: random.Random) -> list[Shape]:
-        """Shapes near one, in a random order that is always the same."""
+        """Shapes near one, in a random order that is always the same; taken from the end, groups join or part first."""
         shapes = list(tried.shape.neighbours(self.places, step))
         draw.shuffle(shapes)
-        return shapes
+        follows = self.candidates.base.idle == "follow"
+        return [*shapes, replace(tried.shape, joined=not tried.shape.joined)] if follows else shapes
 
     def _meaning(self, options: PlanOptions) -> Any:
         """What tells plans apart: in which blocks how many tokens work, and where they are chosen."""
-        return tuple((step.block, step.kept, step.opens) for step in self.candidates.plan(options) if step.idles)
+        steps = [step for step in self.candidates.plan(options) if step.idles]
+        return tuple((step.block, step.kept, step.opens, step.joins) for step in steps)

@@ -5,6 +5,7 @@
    that plans of other shapes keep the same numbers of tokens, and what is known of one block serves the next.
 3. Shapes near one have a stage that begins a block earlier or later, goes deeper or less deep, is split or left out; or
    all of them go deeper late rather than early, or early rather than late.
+4. Where tokens follow, stages group all tokens anew or join the groups of the stage before.
 
 Stages begin at places among the blocks that can idle, which are not numbers of blocks where others stand between.
 """
@@ -12,6 +13,7 @@ Stages begin at places among the blocks that can idle, which are not numbers of 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from idlefx.options import PlanOptions
 
@@ -28,10 +30,12 @@ class Shape:
     Attributes:
         starts: Where they begin, as places among the usable blocks, ascending.
         depths: How deep each goes: stage s keeps `exp(-depth * depths[s])`.
+        joined: Whether groups join from stage to stage.
     """
 
     starts: tuple[int, ...]
     depths: tuple[float, ...]
+    joined: bool = False
 
     @property
     def deepest(self) -> float:
@@ -44,7 +48,12 @@ class Shape:
         Args:
             depth: From 0, which keeps all tokens.
         """
-        return tuple(max(1, math.floor(PARTS * math.exp(-depth * each) + 1e-6)) / PARTS for each in self.depths)
+        depths = accumulate(self.depths, max) if self.joined else self.depths
+        return tuple(max(1, math.floor(PARTS * math.exp(-depth * each) + 1e-6)) / PARTS for each in depths)
+
+    def allows(self, shares: Sequence[float]) -> bool:
+        """Whether stages may keep so much: groups that only join never become more."""
+        return not self.joined or all(before >= after for before, after in pairwise(shares))
 
     def options(self, shares: Sequence[float], usable: Sequence[int], blocks: int, base: PlanOptions) -> PlanOptions:
         """The plan whose stages keep so much.
@@ -55,6 +64,7 @@ class Shape:
             blocks: How many there are.
             base: The options that are not about stages.
         """
+        base = replace(base, reselect=False) if self.joined else base
         layers = [usable[start] for start in self.starts]
         if list(range(layers[0], blocks)) == [*usable[self.starts[0] :]]:
             return replace(base, layers=layers, keep=[*shares])
@@ -75,22 +85,23 @@ class Shape:
         """
         starts, depths = list(self.starts), list(self.depths)
         for power in (1 + step, 1 / (1 + step)):
-            yield Shape(self.starts, tuple(depth**power for depth in depths))
+            yield replace(self, depths=tuple(depth**power for depth in depths))
         for at, start in enumerate(starts):
             for moved in (start - 1, start + 1):
                 after = starts[at + 1] if at + 1 < len(starts) else places
                 if (starts[at - 1] if at else -1) < moved < after:
-                    yield Shape((*starts[:at], moved, *starts[at + 1 :]), self.depths)
+                    yield replace(self, starts=(*starts[:at], moved, *starts[at + 1 :]))
             for factor in (1 + step, 1 / (1 + step)):
-                yield Shape(self.starts, (*depths[:at], depths[at] * factor, *depths[at + 1 :]))
+                yield replace(self, depths=(*depths[:at], depths[at] * factor, *depths[at + 1 :]))
             if len(starts) > 1:
-                yield Shape((*starts[:at], *starts[at + 1 :]), (*depths[:at], *depths[at + 1 :]))
+                yield replace(self, starts=(*starts[:at], *starts[at + 1 :]), depths=(*depths[:at], *depths[at + 1 :]))
             end = starts[at + 1] if at + 1 < len(starts) else places
             if end - start > 1:
                 before = depths[at - 1] if at else 0.0
-                yield Shape(
-                    (*starts[: at + 1], (start + end) // 2, *starts[at + 1 :]),
-                    (*depths[:at], (before + depths[at]) / 2, *depths[at:]),
+                yield replace(
+                    self,
+                    starts=(*starts[: at + 1], (start + end) // 2, *starts[at + 1 :]),
+                    depths=(*depths[:at], (before + depths[at]) / 2, *depths[at:]),
                 )
 
 

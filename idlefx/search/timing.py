@@ -1,9 +1,11 @@
 """How long a plan takes on a device: from its table of block times, and a few calls of the model itself.
 
-1. What the dense model takes beside its blocks, it takes with any plan.
-2. A block takes what the table has for the tokens that work. Where all blocks of the table together take longer than
-   the model itself, its times are scaled to the model's.
-3. What choosing takes is measured on one plan: what is left of its time, spread evenly over its choices.
+1. What the dense model takes beside its blocks, it takes with any plan. A block takes what the table has for the tokens
+   that work.
+2. So a plan takes `dense - scale * saved + choosing * choices`: what its blocks save by the table, and what choosing
+   costs. `scale` and `choosing` are those with which two plans take what was measured, one of many choices and one of a
+   single choice.
+3. Of the plan that is chosen in the end, `scale` learns once more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +34,15 @@ PARTS = 12  # token counts of a table that is measured here
 BLOCK_S, MODEL_S = 0.4, 6.0  # about how long to measure a count, and two models in turn
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
     """Predicts times.
 
     Attributes:
         tables: Block times.
         dense_ms: Of the dense model, measured.
-        scale: What times of the table are multiplied with.
-        choosing_ms: Of one choice of tokens.
+        scale: How much of what blocks save by the table arrives.
+        choosing_ms: Of one choice among all tokens.
         measure: Milliseconds of the dense model and of another one, called in turn.
     """
 
@@ -52,9 +54,23 @@ class Timing:
 
     def ms(self, plan: Plan) -> float:
         """Predicted milliseconds of a call with the plan."""
+        return self.dense_ms - self.scale * self.saved(plan) + self.choosing_ms * choices(plan)
+
+    def saved(self, plan: Plan) -> float:
+        """What the blocks save by the table."""
         steps = [step for step in plan if step.idles]
-        saved = sum(self._block(plan, s.block) - self._block(plan, s.block, s.kept) for s in steps)
-        return self.dense_ms - saved + self.choosing_ms * sum(step.opens for step in steps)
+        return sum(self._block(plan, s.block) - self._block(plan, s.block, s.kept) for s in steps)
+
+    def learn(self, plan: Plan, ms: float) -> float:
+        """Predict from now on what a plan was measured to take, and plans like it accordingly.
+
+        Returns:
+            By what share the prediction was off.
+        """
+        off = abs(self.ms(plan) / ms - 1)
+        if saved := self.saved(plan):
+            self.scale = (self.dense_ms + self.choosing_ms * choices(plan) - ms) / saved
+        return off
 
     def measured_ms(self, module: nn.Module) -> float:
         """Milliseconds of a call, measured beside the dense model, at the pace at which that takes `dense_ms`."""
@@ -75,12 +91,21 @@ class Timing:
     def _block(self, plan: Plan, index: int, kept: int | None = None) -> float:
         block = plan.blocks[index]
         tokens = block.tokens if kept is None else kept + len(block.prefix)
-        return self.scale * times_for(block, self.tables).at(tokens)
+        return times_for(block, self.tables).at(tokens)
+
+
+def choices(plan: Plan) -> float:
+    """How many times tokens are chosen; among the few groups that are left, where they join, it counts for less."""
+    total, left = 0.0, 0
+    for step in plan:
+        total += (left / step.tokens if step.joins else 1.0) if step.opens and step.idles else 0.0
+        left = step.kept
+    return total
 
 
 def timing_of(
     dense: nn.Module,
-    example: Candidate,
+    examples: tuple[Candidate, Candidate],
     one: ImageBatch,
     batch: int,
     tables: Sequence[BlockTimes] | None = None,
@@ -90,7 +115,7 @@ def timing_of(
 
     Args:
         dense: The dense model.
-        example: A plan with several choices.
+        examples: A plan with many choices, and one with few.
         one: A picture.
         batch: Images per call, unless a table says how many.
         tables: What `bench --table` wrote; measured here if None.
@@ -100,7 +125,7 @@ def timing_of(
         InputError: The table was measured on another device, or is for blocks of another size.
     """
     weight = next(parameter for parameter in dense.parameters() if parameter.is_floating_point())
-    blocks = example.plan.blocks
+    blocks = examples[0].plan.blocks
     if told is not None:
         tables = times_of(told["tables"])
     elif tables is None:
@@ -109,11 +134,23 @@ def timing_of(
     measure = partial(_in_turn, dense, repeated(one, tables[0].batch), weight, tables[0].mode)
     if told is not None:
         return Timing(tables, told["dense_ms"], told["scale"], told["choosing_ms"], measure)
-    dense_ms, ms = measure(example.module)
-    whole = sum(times_for(block, tables).at(block.tokens) for block in blocks if block.tokens)
-    timing = Timing(tables, dense_ms, min(1.0, dense_ms / whole), 0.0, measure)
-    choices = sum(step.opens and step.idles for step in example.plan)
-    return replace(timing, choosing_ms=max(0.0, ms - timing.ms(example.plan)) / max(1, choices))
+    dense_ms, many_ms = measure(examples[0].module)
+    timing = Timing(tables, dense_ms, 1.0, 0.0, measure)
+    gains = dense_ms - many_ms, dense_ms - timing.measured_ms(examples[1].module)
+    plans = [example.plan for example in examples]
+    return _fitted(timing, [timing.saved(plan) for plan in plans], [choices(plan) for plan in plans], gains)
+
+
+def _fitted(timing: Timing, saved: Sequence[float], chosen: Sequence[float], gains: Sequence[float]) -> Timing:
+    """The timing by which two plans gain what they do: `gain = scale * saved - choosing_ms * chosen`.
+
+    Choosing costs nothing where noise says that it costs less.
+    """
+    determinant = saved[1] * chosen[0] - saved[0] * chosen[1]
+    choosing = (saved[0] * gains[1] - saved[1] * gains[0]) / determinant if determinant else 0.0
+    choosing = max(0.0, choosing)
+    both = sum(gains) + choosing * sum(chosen)
+    return replace(timing, scale=both / sum(saved) if sum(saved) else 1.0, choosing_ms=choosing)
 
 
 def _measured_tables(blocks: BlockTable, weight: Tensor, batch: int) -> list[BlockTimes]:

@@ -44,13 +44,19 @@ class Work:
 
     def gmacs(self, plan: Plan) -> float:
         """Billions of multiply-adds for one image."""
-        changes = [self._step(step) - self.blocks[step.block].macs for step in plan if step.idles]
-        return (self.blocks.macs + sum(changes)) / 1e9
+        total, left = float(self.blocks.macs), 0
+        for step in plan:
+            block = self.blocks[step.block]
+            total += self._step(step, left if step.joins else block.image_tokens) - block.macs if step.idles else 0
+            left = step.kept
+        return total / 1e9
 
-    def _step(self, step: Step) -> float:
+    def _step(self, step: Step, images: int) -> float:
+        """Of one block; where it chooses, it chooses among so many image tokens."""
         block, work = self.blocks[step.block], self.of_block[step.block]
-        tokens = step.kept + len(block.prefix)
-        choosing = work.choosing + self._grouping(block, step.kept) if step.opens else 0.0
+        prefix = len(block.prefix)
+        tokens, there = step.kept + prefix, images + prefix
+        choosing = work.choosing * there / block.tokens + self._grouping(block, images, step.kept) if step.opens else 0
         return work.linear * tokens + work.square * tokens**2 + choosing
 
     def _fit(self, block: Block, more: Candidate, less: Candidate) -> BlockWork:
@@ -59,15 +65,15 @@ class Work:
         if n != fewer:
             square = (work / n - less_work / fewer) / (n - fewer)
         kept = n - len(block.prefix)
-        return BlockWork(work / n - square * n, square, choosing - self._grouping(block, kept))
+        return BlockWork(work / n - square * n, square, choosing - self._grouping(block, block.image_tokens, kept))
 
-    def _grouping(self, block: Block, kept: int) -> float:
+    def _grouping(self, block: Block, images: int, kept: int) -> float:
         """Likeness of all tokens to the anchors and of idle tokens to workers, and the sums of groups."""
         if not self.follows:
             return 0.0
-        idle, workers = block.image_tokens - kept, kept + len(block.prefix)
-        spread, *_ = anchors(block.image_tokens, kept)
-        return float(block.width * (block.tokens * spread + idle * (kept + workers)))
+        there, idle = images + len(block.prefix), images - kept
+        _, compared, *_ = anchors(images, kept)
+        return float(block.width * (there * compared + idle * kept + there))
 
 
 def _everywhere(candidates: Candidates, share: float) -> Candidate:
