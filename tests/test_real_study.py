@@ -91,7 +91,8 @@ def test_study_runs_and_goes_on_where_it_was_interrupted(monkeypatch, tmp_path, 
         f"--{name}={tmp_path / name}.{kind}"
         for name, kind in (("results", "json"), ("plot", "png"), ("picture", "png"))
     ]
-    monkeypatch.setattr(sys, "argv", ["real_study", "--scenes", "15", "--large", "0", f"--photographs={samples}", *paths])
+    told = ["--scenes=15", "--large=0", f"--photographs={samples}"]
+    monkeypatch.setattr(sys, "argv", ["real_study", *told, *paths])
     real_study.main()
     results = {r["method"]: r for r in json.loads((tmp_path / "results.json").read_text())}
     assert results.keys() == {"dense", *real_study.METHODS}
