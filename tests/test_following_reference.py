@@ -225,6 +225,10 @@ def test_first_norm_is_found_or_there_is_none():
     assert torch.equal(first_norm(x, lambda: behind(x)), norm(x))
     assert torch.equal(first_norm(x, lambda: torch.rms_norm(x, [8])), torch.rms_norm(x, [8]))
     assert first_norm(x, lambda: norm(x + nn.Linear(8, 8)(x))) is None
+    grid = torch.randn(2, 8, 3, 5)
+    tokens = grid.flatten(2).transpose(1, 2)
+    for moved in (grid.permute(0, 2, 3, 1), tokens):
+        assert torch.equal(first_norm(tokens, lambda moved=moved: norm(moved)), norm(tokens))
 
 
 def test_reference_of_attention_tells_its_scale():

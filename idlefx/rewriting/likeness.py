@@ -5,7 +5,10 @@ import operator
 import torch
 from torch import fx
 
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.layouts import Dim, Layout
 from idlefx.graph.notes import Role
+from idlefx.graph.queries import carries_tensors
 from idlefx.graph.sizes import shape_of
 from idlefx.rewriting.selector_head import Head
 from idlefx.runtime import following, nearest, ops
@@ -22,6 +25,10 @@ _ARITHMETIC = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.square.default,
     aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.clamp_min.default, aten.clamp.default,
     aten.expand_as.default, aten.to.dtype, aten._to_copy.default, aten.contiguous.default,
+}  # fmt: skip
+_MOVEMENTS = {
+    aten.permute.default, aten.transpose.int, aten.movedim.int, aten.flatten.using_ints, aten.unflatten.int,
+    aten.reshape.default, aten.view.default,
 }  # fmt: skip
 
 
@@ -44,26 +51,54 @@ def normalised_input(head: Head) -> fx.Node:
     """The stream as the norm that the block begins with gives it, else the stream itself (B, N, C).
 
     A norm is one operation, or spelled out: arithmetic with the stream, with statistics of it over features, and with
-    one number for each feature.
+    one number for each feature. The dimensions of the stream may be moved for it.
     """
     entry, walk = head.opened.entry, head.walk
-    inside, normalised = {entry}, set[fx.Node]()
+    stream = _ordered(walk[entry])
+    inside, moved, normalised = {entry}, set[fx.Node](), set[fx.Node]()
     for node in head.opened.nodes:
         operands = [operand for operand in node.all_input_nodes if operand in walk]
-        others = [operand for operand in node.all_input_nodes if operand not in walk]
-        known = node.target in _STATISTICS | _ARITHMETIC and inside.issuperset(operands)
-        if known and all(map(_is_per_feature, others)):
+        others = [o for o in node.all_input_nodes if o not in walk and carries_tensors(o)]
+        if node.target in _MOVEMENTS and _ordered(walk[node]) == stream:
+            moved.add(node)
+        known = (node in moved or node.target in _STATISTICS | _ARITHMETIC) and inside.issuperset(operands)
+        if known and all(_is_per_feature(other, walk[node]) for other in others):
             inside.add(node)
             if node.target in _STATISTICS or not normalised.isdisjoint(operands):
                 normalised.add(node)
     for node in head.opened.nodes:
-        if node in normalised and walk[node] == walk[entry] and not inside.issuperset(node.users):
-            return head.tokens_first(head.all_tokens(node))
+        ends = any(user in moved or user not in inside for user in node.users)
+        if node in normalised and ends and _ordered(walk[node]) == stream:
+            return _tokens_first(head, head.all_tokens(node), walk[node])
     return head.tokens_first(head.all_tokens(entry))
 
 
-def _is_per_feature(operand: fx.Node) -> bool:
-    return all(size == 1 for size in shape_of(operand)[:-1])
+def _is_per_feature(operand: fx.Node, layout: Layout) -> bool:
+    """Whether something from outside has one number for each feature, of what it is broadcast to."""
+    sizes = shape_of(operand)
+    dims = layout[len(layout) - len(sizes) :]
+    return all(size == 1 or not lay.has(dim, "tokens", "batch") for size, dim in zip(sizes, dims, strict=True))
+
+
+def _tokens_first(head: Head, stream: fx.Node, layout: Layout) -> fx.Node:
+    """Something laid out in any order as (B, N, C)."""
+    order = _order(layout)
+    if order != list(range(len(order))):
+        stream = head.add(aten.permute.default, stream, order, name="x")
+    return stream if len(order) == 3 else head.add(aten.flatten.using_ints, stream, 1, -2, name="flat")
+
+
+def _order(layout: Layout) -> list[int]:
+    """The dimensions of the batch, of the tokens and of features; one of size one may be a row of tokens."""
+    roles = ("batch", "tokens", "")
+    return sorted(range(len(layout)), key=lambda d: roles.index(layout[d][0].role if layout[d] else "tokens"))
+
+
+def _ordered(layout: Layout) -> Dim | None:
+    """What the dimensions hold, the batch first and features last; None where one holds several things."""
+    if any(len({factor.role for factor in dim}) > 1 for dim in layout):
+        return None
+    return lay.closed(tuple(factor for d in _order(layout) for factor in layout[d]))
 
 
 def class_logits(head: Head) -> fx.Node | None:

@@ -1,6 +1,10 @@
-"""The norm that a block begins with, found by running it: the first map of the stream that forgets its length."""
+"""The norm that a block begins with, found by running it: the first map of the stream that forgets its length.
+
+The norm may see the dimensions of the stream in another order, or the rows and columns of a grid in one dimension.
+"""
 
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -27,29 +31,42 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in NORMS and self._is_stream(args[0]):
-            raise _Found(result)
+        if func in NORMS and (order := self._order(args[0])):
+            raise _Found(_in_order(result, order))
         return result
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """The same for norms that are modules; inner modules come before those that hold them."""
-        if len(args) != 1 or not self._is_stream(args[0]) or not isinstance(result, Tensor):
+        order = self._order(args[0]) if len(args) == 1 else None
+        if order is None or not isinstance(result, Tensor):
             return
-        if result.shape == self.stream.shape:
+        if result.shape == args[0].shape:
             self._tries = True
             doubled = module(2 * args[0])
             self._tries = False
             if (doubled - result).norm() < FORGETS * result.norm():
-                raise _Found(result)
+                raise _Found(_in_order(result, order))
 
-    def _is_stream(self, x: Any) -> bool:
-        if self._tries or not isinstance(x, Tensor):
-            return False
-        return x.shape == self.stream.shape and torch.equal(x, self.stream)
+    def _order(self, x: Any) -> tuple[int, ...] | None:
+        """In which order the dimensions of a tensor are those of the stream; None if it is not the stream."""
+        if self._tries or not isinstance(x, Tensor) or x.numel() != self.stream.numel() or x.ndim not in (3, 4):
+            return None
+        orders = ((0, *rest) for rest in permutations(range(1, x.ndim)))
+        return next((order for order in orders if torch.equal(_in_order(x, order), self.stream)), None)
+
+
+def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Dimensions in another order, the first of them and the last as they are, and those between as one."""
+    return x.permute(order).flatten(1, -2)
 
 
 def first_norm(stream: Tensor, run: Callable[[], Any]) -> Tensor | None:
-    """The normalised stream, as a block's first norm gives it while the block runs; None if it begins with none."""
+    """The normalised stream, as a block's first norm gives it while the block runs; None if it begins with none.
+
+    Args:
+        stream: The block's input (B, N, C).
+        run: Runs the block.
+    """
     calls = _Calls(stream)
     hook = register_module_forward_hook(calls.watch)
     try:
