@@ -1,7 +1,8 @@
 """Let idle tokens follow: run the blocks of each stage on the means of its groups, and hand back what became of them.
 
-1. At the start of a stage the groups are averaged. Where they join groups of the stage before, they are formed of the
-   means as they are by then, and a mean counts as often as it has tokens.
+1. At the start of a stage the groups are averaged; where tokens stand on a grid, it is flattened first, and the means
+   stand in one row. Where they join groups of the stage before, they are formed of the means as they are by then, and
+   a mean counts as often as it has tokens.
 2. Its blocks are copied onto the means, one after the other; what they read by token position is taken where the
    worker stands, as `propagation` proved it, and once for all blocks that read the same.
 3. In every attention the logits of a key get the logarithm of how many tokens it stands for.
@@ -53,10 +54,10 @@ class _Stage:
     Attributes:
         block: The block that opens the stage.
         kept: Image tokens that work.
-        entry: What was averaged.
+        entry: What was averaged, tokens of a grid in one dimension.
         index: Positions of the workers among what was averaged.
         positions: Positions of the workers among all tokens.
-        means: The means.
+        means: The means, in one dimension too.
         sizes: How many tokens each stands for.
     """
 
@@ -130,22 +131,36 @@ class _Chain:
         if before is not None:
             found = (aten.gather.default, before.positions, 1, index)
             positions, stand_for = self._add(block, *found, name="positions", role="positions"), before.sizes
-        given = (stream, index, order, leaders, block.token_dim, block.batch_dim, stand_for)
+        tokens = self._flat(block, stream, "gather")
+        given = (tokens, index, order, leaders, *block.flat_dims, stand_for)
         averages = self._add(block, following.average_groups, *given, name="averages", role="gather")
         sizes = self._add(block, operator.getitem, averages, 1, name="sizes", role="sizes")
         means = self._add(block, operator.getitem, averages, 0, name="means", role="gather")
-        self._begun.append(_Stage(block, step.kept, stream, index, positions, means, sizes))
+        self._begun.append(_Stage(block, step.kept, tokens, index, positions, means, sizes))
+        for _ in block.grid[1:]:  # few tokens of a grid stand in one row
+            means = self._add(block, aten.unsqueeze.default, means, block.token_dim, name="row", role="gather")
         return means
+
+    def _flat(self, block: Block, stream: fx.Node, role: Role) -> fx.Node:
+        """Tokens in one dimension, where they stand on a grid."""
+        if not block.grid:
+            return stream
+        sides = (block.token_dims[0], block.token_dims[-1])
+        return self._add(block, aten.flatten.using_ints, stream, *sides, name="flat", role=role)
 
     def _groups(self, block: Block, *roles: Role) -> tuple[fx.Node, ...]:
         return tuple(only_made_for(self.graph, block.index, role) for role in roles)
 
     def _restore(self, block: Block, stream: fx.Node) -> fx.Node:
         """All tokens, each with what was added to its worker in all stages so far."""
+        stream = self._flat(block, stream, "work")
         for stage in reversed(self._begun):
             groups = self._groups(stage.block, "index", "place", "order", "leaders")
-            given = (stage.entry, stage.means, stream, *groups, block.token_dim, block.batch_dim)
+            given = (stage.entry, stage.means, stream, *groups, *block.flat_dims)
             stream = self._add(block, following.restore_tokens, *given, name="restored", role="scatter")
+        if block.grid:
+            sides = (block.token_dim, list(block.grid))
+            stream = self._add(block, aten.unflatten.int, stream, *sides, name="on_grid", role="work")
         return stream
 
     def _work(self, block: Block, dense: Opened, stream: fx.Node) -> fx.Node:

@@ -1,6 +1,5 @@
 """Tokens on a grid (B, H, W, C) or (B, C, H, W) idle as those of a sequence do."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from unittest.mock import patch
 
@@ -14,33 +13,17 @@ from idlefx.records import Step
 from idlefx.runtime import grids
 from idlefx.runtime.selections import selections
 from idlefx.zoo.comparisons import compare
-from tests.models.grids import COLUMNS, ROWS, WIDTH, Bottleneck, ChannelsFirst, ChannelsLast, Grid, Positions, pictures
-from tests.models.small import randomise
+from tests.models.grids import COLUMNS, KINDS, ROWS, WIDTH, ChannelsFirst, ChannelsLast, build, pictures
 from tests.support.messages import says
 
 pytestmark = pytest.mark.filterwarnings("ignore:in train mode the model has other blocks")
 
-KINDS: dict[str, Callable[[], nn.Module]] = {
-    "last": ChannelsLast,
-    "relative": lambda: ChannelsLast(relative=True),
-    "positions": Positions,
-    "first": ChannelsFirst,
-    "bottleneck": Bottleneck,
-}
 BASIC = ("relative", "first")
-
-
-def model_of(kind: Callable[[], nn.Module], count: int = 1) -> nn.Module:
-    torch.manual_seed(0)
-    model = Grid(*(kind() for _ in range(count))).eval()
-    with torch.no_grad():
-        randomise(model)
-    return model
 
 
 @pytest.mark.parametrize("kind", [k if k in BASIC else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_idles_as_the_reference_does_with_masks(kind):
-    model = model_of(KINDS[kind], 2)
+    model = build(kind, 2)
     table = idlefx.inspect(model, pictures(2))
     for place, block in enumerate(table):
         assert (block.path, block.tokens, block.grid, block.prefix) == (f"blocks.{place}", 24, (ROWS, COLUMNS), ())
@@ -52,7 +35,7 @@ def test_idles_as_the_reference_does_with_masks(kind):
 
 @pytest.mark.parametrize("kind", [k if k in BASIC else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 def test_rewritten_to_keep_all_tokens_is_the_original_bit_by_bit(kind, monkeypatch):
-    model, x = model_of(KINDS[kind], 2), pictures(3, seed=1)
+    model, x = build(kind, 2), pictures(3, seed=1)
     model.neck = nn.Identity()  # a convolution adds up in another order where memory is laid out in another
     monkeypatch.setattr(Step, "idles", True)  # or a block that keeps all would be left as it is
     idle = idlefx.convert(model, layers=[0], keep=1.0, example_inputs=pictures(2))
@@ -62,7 +45,7 @@ def test_rewritten_to_keep_all_tokens_is_the_original_bit_by_bit(kind, monkeypat
 
 @torch.no_grad()
 def test_idle_tokens_leave_a_block_bit_identical():
-    model, x = model_of(ChannelsLast), pictures(3, seed=2)
+    model, x = build(ChannelsLast), pictures(3, seed=2)
     model.neck = nn.Identity()
     idle = idlefx.convert(model, layers=[0], keep=0.25, example_inputs=pictures(2))
     before = (model.patches(x) + model.positions).flatten(2)
@@ -70,7 +53,7 @@ def test_idle_tokens_leave_a_block_bit_identical():
 
 
 def test_gradients_are_those_of_masks():
-    model, x = model_of(KINDS["relative"]).double(), pictures(2, seed=3).double()
+    model, x = build("relative").double(), pictures(2, seed=3).double()
     idle = idlefx.convert(model, layers=[0], keep=0.5, example_inputs=x)
     works = torch.zeros(2, ROWS * COLUMNS, dtype=torch.bool).scatter(1, selections(idle, x)[0], True)
     hidden = torch.zeros(2, 1, 1, ROWS * COLUMNS).double().masked_fill(~works[:, None, None], -torch.inf)
@@ -115,23 +98,18 @@ def test_tables_of_rows_columns_and_places_are_read_at_the_tokens():
 
 def test_prefix_tokens_of_a_grid_are_refused():
     with pytest.raises(idlefx.IdleFxError, match="prefix=1, but the tokens stand on a grid of 4 × 6"):
-        idlefx.convert(model_of(ChannelsLast), layers=[0], keep=0.5, prefix=1, example_inputs=pictures(2))
+        idlefx.convert(build(ChannelsLast), layers=[0], keep=0.5, prefix=1, example_inputs=pictures(2))
 
 
 def test_a_convolution_over_neighbours_is_refused():
-    (block,) = idlefx.inspect(model_of(lambda: ChannelsFirst(kernel=3)), pictures(2))
+    (block,) = idlefx.inspect(build(lambda: ChannelsFirst(kernel=3)), pictures(2))
     assert says(block.refusal, "convolves over neighbouring tokens", r"grids\.py:\d+: return x \+ self\.mlp"), block
-
-
-def test_following_is_refused():
-    with pytest.raises(idlefx.PlanError, match="can rest but not follow: its tokens stand on a grid"):
-        idlefx.convert(model_of(ChannelsLast), layers=[0], keep=0.5, idle="follow", example_inputs=pictures(2))
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_is_one_graph_for_all_batches():
-    idle = idlefx.convert(model_of(KINDS["relative"], 2), layers=[0], keep=0.5, example_inputs=pictures(2))
+    idle = idlefx.convert(build("relative", 2), layers=[0], keep=0.5, example_inputs=pictures(2))
     fast = idlefx.compile(idle, backend="eager")
     for batch in (2, 3, 5):
         assert torch.equal(fast(pictures(batch)), idle(pictures(batch)))
@@ -139,7 +117,7 @@ def test_a_compiled_model_is_one_graph_for_all_batches():
 
 @pytest.mark.slow
 def test_the_token_cut_loss_is_added():
-    model = model_of(ChannelsLast, 2)
+    model = build(ChannelsLast, 2)
     idle = idlefx.convert(deepcopy(model), layers=[0, 1], keep=0.5, example_inputs=pictures(2))
     output, loss = idlefx.with_cut_loss(idle)(pictures(2))
     torch.testing.assert_close(output, idle(pictures(2)))

@@ -149,13 +149,11 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         heads=lay.heads(layout),
         affine=all(_is_affine(walk, core) for core in trunk.cores),
     )
-    return replace(block, refusal=_cannot_be_cut(walk, block), rest_only=_cannot_follow(walk, block, trunk.cores))
+    return replace(block, refusal=_cannot_be_cut(walk, block), rest_only=_cannot_follow(walk, trunk.cores))
 
 
-def _cannot_follow(walk: Walk, block: Block, cores: Iterable[Core]) -> str:
+def _cannot_follow(walk: Walk, cores: Iterable[Core]) -> str:
     """Why no key can stand for several tokens; empty if it can."""
-    if block.grid:
-        return "its tokens stand on a grid, where they can only rest yet"
     try:
         for core in cores:
             key_axis(walk, core)

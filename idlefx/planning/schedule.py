@@ -111,7 +111,7 @@ def continues(blocks: BlockTable, before: int, block: int) -> bool:
     """Whether a block takes up the very stream that the block before leaves, with the same tokens in it."""
 
     def tokens(b: Block) -> tuple[object, ...]:
-        return b.tokens, b.prefix, b.token_dim, b.batch_dim, b.width
+        return b.tokens, b.grid, b.prefix, b.token_dim, b.batch_dim, b.width
 
     return (
         block == before + 1

@@ -91,7 +91,7 @@ def _workers(idle: IdleModule, batch: Tensor) -> dict[str, Grid]:
         patch[torch.tensor(block.image_positions)] = torch.arange(block.image_tokens)
         numbers = patch[leaders[first.block][0].cpu()][torch.tensor(block.image_positions)]
         name = f"blocks {first.block}–{others[-1].block}" if others else f"block {first.block}"
-        workers[name] = numbers.reshape(_grid(block.image_tokens, *batch.shape[-2:])).numpy()
+        workers[name] = numbers.reshape(block.grid or _grid(block.image_tokens, *batch.shape[-2:])).numpy()
     return workers
 
 

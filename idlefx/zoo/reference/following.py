@@ -1,4 +1,4 @@
-"""Tokens that follow in any model whose blocks are modules with a stream (B, N, C), by its attention calls."""
+"""Tokens that follow in any model whose blocks are modules with a stream of tokens, by its attention calls."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,25 +11,38 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from idlefx.zoo.reference.first_norm import first_norm
 from idlefx.zoo.reference.groups import Groups, Passage, Result, Stage, class_attention, group, join
-from idlefx.zoo.reference.resting import Attention, Tokens
+from idlefx.zoo.reference.resting import Attention, Tokens, laid_out, tokens_first
 
 
 class Stream:
-    """The residual stream among the inputs or outputs of a block: the first tensor of the shape, or of any three."""
+    """The residual stream among the inputs or outputs of a block: the first tensor of the shape, or of the rank.
 
-    def __init__(self, values: Any, shape: torch.Size | None = None) -> None:
+    Args:
+        values: The inputs or outputs.
+        dims: Where the tokens stand, one dimension or those of a grid.
+        shape: That of the stream, if it is known.
+    """
+
+    def __init__(self, values: Any, dims: tuple[int, ...], shape: torch.Size | None = None) -> None:
+        rank = 2 + len(dims)
         self._leaves, self._structure = tree_flatten(values)
         self._place = next(
             place
             for place, leaf in enumerate(self._leaves)
-            if isinstance(leaf, Tensor) and (leaf.ndim == 3 if shape is None else leaf.shape == shape)
+            if isinstance(leaf, Tensor) and (leaf.ndim == rank if shape is None else leaf.shape == shape)
         )
-        self.value: Tensor = self._leaves[self._place]
+        self._dims, self._like = dims, self._leaves[self._place]
+        self.shape: torch.Size = self._like.shape
 
-    def replaced(self, value: Tensor) -> Any:
-        """The inputs or outputs with another stream."""
+    @property
+    def value(self) -> Tensor:
+        """The stream as (B, N, C)."""
+        return tokens_first(self._like, self._dims)
+
+    def replaced(self, tokens: Tensor) -> Any:
+        """The inputs or outputs with another stream, given as (B, N, C)."""
         leaves = list(self._leaves)
-        leaves[self._place] = value
+        leaves[self._place] = laid_out(tokens, self._like, self._dims)
         return tree_unflatten(leaves, self._structure)
 
 
@@ -72,7 +85,7 @@ def _following(
 
     def forward_of(dense: Callable[..., Any], opens: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            entry = Stream((args, kwargs))
+            entry = Stream((args, kwargs), tokens.dims)
             x = entry.value
             if opens:
                 before = passages[-1] if stage.joins else None
@@ -85,7 +98,7 @@ def _following(
             def block(stream: Tensor, sizes: Tensor) -> Tensor:
                 moved, named = entry.replaced(stream)
                 with Attention(x.shape[0], x.shape[1], sizes):
-                    exits.append(Stream(dense(*moved, **named), x.shape))
+                    exits.append(Stream(dense(*moved, **named), tokens.dims, entry.shape))
                 return exits[0].value
 
             restored = passages[-1].through(x, block)

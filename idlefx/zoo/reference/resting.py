@@ -218,7 +218,7 @@ def look(
         with torch.enable_grad():
             output = call()
     dims = {path: _token_dims(x, grids.get(path, ())) for path, x in inputs.items()}
-    flat = {path: _tokens_first(x, dims[path]) for path, x in inputs.items() if x.ndim == 2 + len(dims[path])}
+    flat = {path: tokens_first(x, dims[path]) for path, x in inputs.items() if x.ndim == 2 + len(dims[path])}
     prefixes: dict[int, tuple[int, ...]] = {}
     for x in flat.values():
         same = (x == x[:1]).all(2).all(0)
@@ -235,9 +235,14 @@ def _token_dims(x: Tensor, grid: tuple[int, ...]) -> tuple[int, ...]:
     return sides[0] if sides else (1,)
 
 
-def _tokens_first(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+def tokens_first(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """A residual stream as (B, N, C)."""
     return x.movedim(dims, tuple(range(1, 1 + len(dims)))).flatten(1, len(dims))
+
+
+def laid_out(tokens: Tensor, like: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Tokens (B, N, C) in the shape of a residual stream."""
+    return tokens.unflatten(1, [like.shape[d] for d in dims]).movedim(tuple(range(1, 1 + len(dims))), dims)
 
 
 @torch.enable_grad()
@@ -247,7 +252,7 @@ def _read(leaf: Tensor, stream: Tensor, dims: tuple[int, ...]) -> set[int]:
         return set()
     noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0))
     gradients = torch.autograd.grad((leaf * noise).sum(), stream, retain_graph=True, allow_unused=True)
-    read = [_tokens_first(gradient, dims).abs().sum((0, 2)) for gradient in gradients if gradient is not None]
+    read = [tokens_first(gradient, dims).abs().sum((0, 2)) for gradient in gradients if gradient is not None]
     return {int(position) for sums in read for position in sums.nonzero()}
 
 
