@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 import idlefx
+from idlefx.capture.export import capture
+from idlefx.options import PlanOptions
 from idlefx.runtime.selections import groups
+from idlefx.search.candidates import Candidates
+from idlefx.search.work import Work
 from idlefx.zoo.comparisons import compare_following
 from tests.models.grids import COLUMNS, KINDS, ROWS, Causal, ChannelsLast, Pyramid, build, pictures
 from tests.support.messages import says
@@ -113,3 +117,21 @@ def test_a_compiled_model_is_one_graph_for_all_batches():
     fast = idlefx.compile(idle)
     for batch in (2, 3, 5):
         torch.testing.assert_close(fast(pictures(batch)), idle(pictures(batch)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("idle", ["rest", "follow"])
+def test_multiply_adds_by_formula_count_what_runs_on_the_whole_grid(idle):
+    model, x = build("relative", 3), pictures(2)
+    work = Work(Candidates(capture(model, x), PlanOptions([0], 1.0, idle=idle)))
+    idling = idlefx.convert(model, [0, 2], [0.8, 0.4], idle=idle, example_inputs=x)
+    assert work.gmacs(idling.plan) == pytest.approx(idlefx.report(idling).idle_gmacs, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_a_plan_is_found():
+    model, x = build("relative", 3), pictures(12)
+    found = idlefx.plan(model, x, speedup=1.2, by="gmacs", trials=3, example_inputs=x, progress=False)
+    idle = idlefx.convert(model, plan=found, example_inputs=x)
+    assert idle.plan.idle == "follow" and idlefx.report(idle).ratio >= 1.2
+    assert idlefx.compare(model, idle, x, progress=False).images == 12

@@ -1,6 +1,7 @@
 """Multiply-adds of any plan by formula: two plans are carried out to find what a block costs for how many tokens.
 
-1. A block costs `linear * n + square * n²` for n tokens: layers, and attention.
+1. A block costs `linear * n + square * n²` for n tokens, layers and attention, and what runs on a whole grid of tokens
+   whatever n is.
 2. Choosing costs a constant, and where tokens follow also what the likeness of tokens and the means of groups do.
 """
 
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from idlefx.analysis.macs import count_macs
 from idlefx.graph.notes import made_for
 from idlefx.records import Block, Plan, Step
+from idlefx.runtime import grids
 from idlefx.runtime.nearest import anchors
 from idlefx.search.candidates import Candidate, Candidates
 
@@ -22,11 +24,13 @@ class BlockWork:
     Attributes:
         linear: For each token.
         square: For each pair of tokens.
+        fixed: For all tokens on a grid, however many of them work.
         choosing: For choosing tokens, besides what depends on how many work.
     """
 
     linear: float
     square: float
+    fixed: float
     choosing: float
 
 
@@ -57,15 +61,15 @@ class Work:
         prefix = len(block.prefix)
         tokens, there = step.kept + prefix, images + prefix
         choosing = work.choosing * there / block.tokens + self._grouping(block, images, step.kept) if step.opens else 0
-        return work.linear * tokens + work.square * tokens**2 + choosing
+        return work.linear * tokens + work.square * tokens**2 + work.fixed + choosing
 
     def _fit(self, block: Block, more: Candidate, less: Candidate) -> BlockWork:
-        (n, work, choosing), (fewer, less_work, _) = (_counted(block, candidate) for candidate in (more, less))
+        (n, work, fixed, choosing), (fewer, less_work, *_) = (_counted(block, made) for made in (more, less))
         square = 0.0
         if n != fewer:
             square = (work / n - less_work / fewer) / (n - fewer)
-        kept = n - len(block.prefix)
-        return BlockWork(work / n - square * n, square, choosing - self._grouping(block, block.image_tokens, kept))
+        grouping = self._grouping(block, block.image_tokens, n - len(block.prefix))
+        return BlockWork(work / n - square * n, square, fixed, choosing - grouping)
 
     def _grouping(self, block: Block, images: int, kept: int) -> float:
         """Likeness of all tokens to the anchors and of idle tokens to workers, and the sums of groups."""
@@ -81,10 +85,11 @@ def _everywhere(candidates: Candidates, share: float) -> Candidate:
     return candidates.make(replace(candidates.base, layers=candidates.usable, keep=share, schedule="blocks"))
 
 
-def _counted(block: Block, candidate: Candidate) -> tuple[int, int, int]:
-    """How many tokens work, and multiply-adds of the work and of choosing."""
+def _counted(block: Block, candidate: Candidate) -> tuple[int, int, int, int]:
+    """How many tokens work, and multiply-adds of their work, of what runs on the whole grid, and of choosing."""
     graph = candidate.module.graph
     kept = next(step.kept for step in candidate.plan if step.block == block.index)
-    whole = count_macs(made_for(graph, block.index))
-    work = count_macs(made_for(graph, block.index, "work"))
-    return kept + len(block.prefix), work, whole - work
+    works = made_for(graph, block.index, "work")
+    on_grid = [node for node in works if any(given.target is grids.put_on_grid for given in node.all_input_nodes)]
+    whole, work, fixed = map(count_macs, (made_for(graph, block.index), works, on_grid))
+    return kept + len(block.prefix), work - fixed, fixed, whole - work
