@@ -12,6 +12,8 @@ Schedule = Literal["stages", "blocks"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 Idle = Literal["rest", "follow"]
 IDLES: tuple[str, ...] = get_args(Idle)
+Unit = Literal["auto", "windows", "tokens"]
+UNITS: tuple[str, ...] = get_args(Unit)
 AUTO = "auto"
 SELECTORS = (AUTO, "class", "mean", "norm", "random")  # those that are built in
 
@@ -35,6 +37,8 @@ class PlanOptions:
         multiple_of: P + K, the tokens that work, is raised to a multiple of it.
         prefix: Number of leading prefix tokens, or their positions; found if None.
         idle: What idle tokens do meanwhile: "rest", unchanged, or "follow" the worker most like them.
+        unit: What idles where attention is over windows: whole "windows", or "tokens" in each; "auto" takes tokens
+            where there are fewer than 16 windows.
 
     Raises:
         PlanError: A value is of the wrong kind or out of its range, whatever the model; or the tokens follow, and it
@@ -49,12 +53,15 @@ class PlanOptions:
     multiple_of: int = 1
     prefix: int | Sequence[int] | None = None
     idle: Idle = "rest"
+    unit: Unit = "auto"
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise PlanError(f"plan: unknown schedule {self.schedule!r}; known are {', '.join(SCHEDULES)}")
         if self.idle not in IDLES:
             raise PlanError(f"plan: unknown idle={self.idle!r}; idle tokens either {' or '.join(IDLES)}")
+        if self.unit not in UNITS:
+            raise PlanError(f"plan: unknown unit={self.unit!r}; known are {', '.join(UNITS)}")
         if not isinstance(self.selector, str):
             raise PlanError(f"plan: selector={self.selector!r} is no name; register a score with idlefx.selector")
         if not isinstance(self.reselect, bool):

@@ -16,7 +16,7 @@ from idlefx.capture.export import Captured, capture
 from idlefx.errors import IdleFxError, InputError, PassError, PlanError
 from idlefx.graph import inference
 from idlefx.graph.state import adopt, attributes, wrapper_kind
-from idlefx.options import AUTO, Idle, PlanOptions, Schedule
+from idlefx.options import AUTO, Idle, PlanOptions, Schedule, Unit
 from idlefx.passes import (
     add_cut_loss,
     follow_workers,
@@ -58,6 +58,7 @@ def convert(
     multiple_of: int = 1,
     prefix: int | Sequence[int] | None = None,
     idle: Idle = "rest",
+    unit: Unit = "auto",
     example_inputs: Any = None,
     copy: bool = True,
 ) -> IdleModule:
@@ -79,6 +80,8 @@ def convert(
         prefix: Number of leading prefix tokens, or their positions; found if None.
         idle: What idle tokens do meanwhile. "rest": they stay unchanged, as published; this wants fine-tuning.
             "follow": each takes over the update of the worker most like it; this serves without any training.
+        unit: What idles where attention is over windows: whole "windows", or "tokens" in each; "auto" takes tokens
+            where there are fewer than 16 windows.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed for timm, torchvision
             and Hugging Face models.
         copy: Leave `model` untouched; otherwise the result shares its parameters.
@@ -94,7 +97,7 @@ def convert(
     """
     asked = {
         "layers": layers, "keep": keep, "schedule": schedule, "selector": selector, "reselect": reselect,
-        "multiple_of": multiple_of, "prefix": prefix, "idle": idle,
+        "multiple_of": multiple_of, "prefix": prefix, "idle": idle, "unit": unit,
     }  # fmt: skip
     options = given_plan(plan, asked)
     captured = capture(model, example_inputs, copy_model=copy)
@@ -156,6 +159,11 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
         raise InputError(
             "train: the token cut loss is for tokens that rest, and those of this model follow; train without it, or "
             "convert with idle='rest'"
+        )
+    if any(step.unit and step.idles for step in conversion.plan):
+        raise InputError(
+            "train: the token cut loss is of attention over all tokens, and that of this model is over windows; train "
+            "without it"
         )
     evaluation = _with_cut_loss(idle, conversion.evaluation)
     training = evaluation

@@ -47,11 +47,13 @@ class Block:
         token_dim: Which dimension of the stream the tokens stand in; the first of them where they stand on a grid.
         batch_dim: Which dimension of the stream the batch stands in.
         grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
+        windows: How many windows the attention is over, and how many slots each has; empty where it is over all tokens.
         prefix: Positions of the prefix tokens, which are always kept.
         class_token: Position of the class token, if there is one: read by the head, or the only prefix token.
         affine: Whether queries and keys are affine in the normalised input, so that scores are nearly free.
         refusal: Why the block cannot idle; empty if it can.
         rest_only: Why its idle tokens can rest but not follow; empty if they can do both.
+        whole_only: Why windows can idle as a whole but not some tokens in each; empty if both can.
     """
 
     index: int
@@ -69,11 +71,13 @@ class Block:
     token_dim: int = 1
     batch_dim: int = 0
     grid: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()
     class_token: int | None = None
     affine: bool = False
     refusal: str = ""
     rest_only: str = ""
+    whole_only: str = ""
 
     @property
     def can_idle(self) -> bool:
@@ -145,7 +149,7 @@ class BlockTable(Sequence[Block]):
             (
                 b.index,
                 b.path or "-",
-                b.tokens or "-",
+                f"{b.tokens} in {b.windows[0]} x {b.windows[1]}" if b.windows else b.tokens or "-",
                 len(b.prefix),
                 b.width,
                 b.heads,
@@ -174,6 +178,8 @@ class Step:
         opens: Whether it is decided anew here which tokens work. Where tokens follow, the blocks of a stage go on with
             the groups of the block before; the selector is empty there.
         joins: Whether what is decided here is which groups of the block before join.
+        unit: What idles where attention is over windows: whole "windows", or "tokens" in each; `kept` and `tokens`
+            count slots there. Empty elsewhere.
     """
 
     block: int
@@ -185,6 +191,7 @@ class Step:
     form: str = ""
     opens: bool = True
     joins: bool = False
+    unit: str = ""
 
     @property
     def idles(self) -> bool:
@@ -248,7 +255,7 @@ class Plan(Sequence[Step]):
 
     def __str__(self) -> str:
         rows = [
-            (s.block, s.path or "-", f"{s.keep:.3f}", f"{s.kept} of {s.tokens}", s.selector or "-", s.form or "-")
+            (s.block, s.path or "-", f"{s.keep:.3f}", self._kept(s), s.selector or "-", s.form or "-")
             for s in self.steps
         ]
         head = ["block", "path", "keep", "image tokens kept", "selector", "form"]
@@ -258,6 +265,15 @@ class Plan(Sequence[Step]):
         if self.idle == "follow":
             return f"{table}\n{self.grouping}" if self.stages else table
         return table if self.reselect else table + "\na token that idles never works again (reselect=False)"
+
+    def _kept(self, step: Step) -> str:
+        told = f"{step.kept} of {step.tokens}"
+        if not step.unit:
+            return told
+        count, size = self.blocks[step.block].windows
+        if step.unit == "windows":
+            return f"{told}: {step.kept // size} of {count} windows"
+        return f"{told}: {step.kept // count} of {size} in each window"
 
     @property
     def grouping(self) -> str:

@@ -3,8 +3,9 @@
 1. The chosen tokens are taken from the residual stream; where they stand on a grid, it is flattened first.
 2. The block is copied onto them. What it reads by token position is taken at the same positions, and every size
    that counts tokens is written anew, both as `propagation` proved them.
-3. The result is put back into the stream: what does so stands for the block's exit everywhere.
-4. The dense blocks are removed, once all are rewritten: until then the positions of the others look unread.
+3. Where attention is over windows, the tokens are taken window by window, and what makes windows of them is a reshape.
+4. The result is put back into the stream: what does so stands for the block's exit everywhere.
+5. The dense blocks are removed, once all are rewritten: until then the positions of the others look unread.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ from idlefx.graph.notes import Made, Role, only_made_for
 from idlefx.graph.queries import remove_dead
 from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.rebuilder import Rebuilder
-from idlefx.runtime import gather_scatter
+from idlefx.runtime import gather_scatter, windows
 
 aten = torch.ops.aten
 
@@ -47,13 +48,18 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
         return add_call(graph, target, *args, name=name + role, like=like, note=Made(block.index, role))
 
     tokens = add(aten.flatten.using_ints, entry, *flat, role="gather") if block.grid else entry
-    gathered = add(gather_scatter.take_tokens, tokens, index, *dims, role="gather")
+    over = opened.walk.windows
+    padded = over is not None and over.partition.is_padded
+    take: Any = windows.take_padded if padded else gather_scatter.take_tokens
+    put: Any = windows.put_padded if padded else gather_scatter.put_tokens
+    gathered = add(take, tokens, index, *dims, role="gather")
     for _ in block.grid[1:]:  # few tokens of a grid stand in one row
         gathered = add(aten.unsqueeze.default, gathered, block.token_dim, role="gather")
-    chosen = Subset(index, block.prefix, block.image_positions, step.kept)
-    worked = Rebuilder(graph, opened.walk, chosen, {entry: gathered}, name, Made(block.index, "work"))(opened.exit)
+    chosen = only_made_for(graph, block.index, "chosen") if step.unit else None
+    working = Subset(index, block.prefix, block.image_positions, step.kept, over, step.unit, chosen)
+    worked = Rebuilder(graph, opened.walk, working, {entry: gathered}, name, Made(block.index, "work"))(opened.exit)
     if not block.grid:
-        return add(gather_scatter.put_tokens, tokens, index, worked, *dims, place, role="scatter")
+        return add(put, tokens, index, worked, *dims, place, role="scatter")
     worked = add(aten.flatten.using_ints, worked, *flat, role="work")
-    scattered = add(gather_scatter.put_tokens, tokens, index, worked, *dims, place, role="scatter")
+    scattered = add(put, tokens, index, worked, *dims, place, role="scatter")
     return add(aten.unflatten.int, scattered, block.token_dim, list(block.grid), role="work")

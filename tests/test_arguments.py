@@ -22,10 +22,10 @@ LEADING = {
 }  # fmt: skip
 
 # Every value off its default: an argument that a command forgets comes back as something else.
-ODD = PlanOptions([1, 3], [0.5, 0.3], "blocks", "norm", False, 8, (0, 2))
+ODD = PlanOptions([1, 3], [0.5, 0.3], "blocks", "norm", False, 8, (0, 2), unit="tokens")
 ODD_WORDS = [
     "--layers", "1", "3", "--keep", "0.5,0.3", "--schedule", "blocks", "--selector", "norm", "--no-reselect",
-    "--multiple-of", "8", "--prefix", "0", "2",
+    "--multiple-of", "8", "--prefix", "0", "2", "--unit", "tokens",
 ]  # fmt: skip
 FOLLOWING = PlanOptions([1, 3], [0.5, 0.3], idle="follow")
 FOLLOWING_WORDS = ["--layers", "1", "3", "--keep", "0.5,0.3", "--idle", "follow"]

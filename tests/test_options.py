@@ -11,11 +11,11 @@ from idlefx import PlanOptions
 from tests.models.small import build
 
 # Every value off its default in one of them: an option that is forgotten on some way comes back as something else.
-ODD = PlanOptions([1, 3], [0.5, 0.3], "blocks", "norm", False, 8, (0, 2))
+ODD = PlanOptions([1, 3], [0.5, 0.3], "blocks", "norm", False, 8, (0, 2), unit="tokens")
 FOLLOWING = PlanOptions([1, 3], 0.5, idle="follow")
 CHANGES = {
     "layers": [2], "keep": 0.25, "schedule": "blocks", "selector": "random", "reselect": False, "multiple_of": 4,
-    "prefix": 1, "idle": "follow",
+    "prefix": 1, "idle": "follow", "unit": "windows",
 }  # fmt: skip
 
 

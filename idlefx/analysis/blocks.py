@@ -19,10 +19,9 @@ from idlefx.analysis.key_axis import key_axis
 from idlefx.analysis.macs import count_macs
 from idlefx.analysis.prefix_tokens import class_token, named_positions, prefix_positions, read_by_head
 from idlefx.analysis.projections import projection
-from idlefx.analysis.propagation import follow
 from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.subset import Subset
-from idlefx.analysis.token_axis import attends_over_batch, find_axes
+from idlefx.analysis.token_axis import attends_over_batch, find_axes, follow_block
 from idlefx.analysis.trunks import Trunk, find_trunks
 from idlefx.analysis.walk import Walk
 from idlefx.errors import BlockError
@@ -101,11 +100,12 @@ def open_blocks(graph: fx.Graph, blocks: Iterable[Block]) -> list[Opened]:
     for block in blocks:
         entry, leave = names[block.entry], names[block.exit]
         nodes = region(flow, entry, leave)
+        own = tuple(core for core in cores if core.out.name in block.cores)
         try:
-            walk = follow(nodes, {entry: lay.stream(shape_of(entry), block.token_dims, block.batch_dim)})
+            layout = lay.stream(shape_of(entry), block.token_dims, block.batch_dim)
+            walk = follow_block(nodes, entry, layout, own)
         except RefusedOperation as refusal:
             raise BlockError(f"blocks: block {block.index} ({block.path}) cannot be opened: {refusal}") from refusal
-        own = tuple(core for core in cores if core.out.name in block.cores)
         opened.append(Opened(entry, leave, own, nodes, walk, flow))
     return opened
 
@@ -133,10 +133,11 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         return replace(block, refusal=str(refusal))
     grid = tuple(stream[d] for d in axes.tokens) if len(axes.tokens) > 1 else ()
     tokens = math.prod(stream[d] for d in axes.tokens)
+    windows = walk.windows
     if prefix is not None:
         positions = named_positions(prefix, tokens, grid)
     else:
-        positions = () if grid else prefix_positions(flow, trunk.entry, axes.tokens[0], known)
+        positions = () if grid or windows else prefix_positions(flow, trunk.entry, axes.tokens[0], known)
     layout = walk[trunk.cores[0].query]
     block = replace(
         block,
@@ -144,16 +145,24 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         token_dim=axes.tokens[0],
         batch_dim=axes.batch,
         grid=grid,
+        windows=(windows.count, windows.size) if windows else (),
         prefix=positions,
         width=next(size for d, size in enumerate(stream) if d not in (*axes.tokens, axes.batch)),
         heads=lay.heads(layout),
         affine=all(_is_affine(walk, core) for core in trunk.cores),
     )
-    return replace(block, refusal=_cannot_be_cut(walk, block), rest_only=_cannot_follow(walk, trunk.cores))
+    return replace(
+        block,
+        refusal=_cannot_be_cut(walk, block),
+        rest_only=_cannot_follow(walk, block, trunk.cores),
+        whole_only=_cannot_be_cut(walk, block, "tokens") if windows else "",
+    )
 
 
-def _cannot_follow(walk: Walk, cores: Iterable[Core]) -> str:
+def _cannot_follow(walk: Walk, block: Block, cores: Iterable[Core]) -> str:
     """Why no key can stand for several tokens; empty if it can."""
+    if block.windows:
+        return "its attention is over windows, where tokens can only rest yet"
     try:
         for core in cores:
             key_axis(walk, core)
@@ -179,11 +188,15 @@ def _parameters(flow: nx.DiGraph, nodes: list[fx.Node]) -> int:
     return sum(p.numel() for name, p in root.named_parameters() if name in read) if root is not None else 0
 
 
-def _cannot_be_cut(walk: Walk, block: Block) -> str:
+def _cannot_be_cut(walk: Walk, block: Block, unit: str = "windows") -> str:
     """Why the block cannot run on some of its tokens, found by trying every edit without making it."""
     if block.image_tokens < 2:
         return "it has no image tokens to choose from"
-    subset = Subset(None, block.prefix, block.image_positions, 1)
+    if walk.windows and block.prefix:
+        return "its attention is over windows, of which none holds prefix tokens; leave prefix= away"
+    if unit == "tokens" and walk.windows and walk.windows.partition.is_padded:
+        return "its windows are padded, and hold different numbers of tokens"
+    subset = Subset(None, block.prefix, block.image_positions, 1, walk.windows, unit)
     try:
         for node, edits in walk.edits.items():
             for edit in edits:

@@ -5,12 +5,15 @@ knows which positions of the sequence it holds, as runs `(start, stop)` in order
 
 Tokens that stand on a grid are one token axis too, which several dimensions may share: its sides, such as rows and
 columns. Where only n of the tokens are there, they stand on a grid (1, n): the last side holds all of them.
+
+Movement may bring the tokens into another order, such as that of windows. Then they stand on a grid of places.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from idlefx.analysis.partition import Partition
 from idlefx.graph.sizes import FREE_BATCH
 
 Runs = tuple[tuple[int, int], ...]
@@ -26,6 +29,7 @@ class Factor:
         runs: Which tokens it holds.
         grid: Sizes of the grid that the tokens stand on; empty where they are a plain sequence.
         side: Which side of the grid this is; None where it is the whole token axis.
+        partition: Which token stands at which place of the grid; None where they stand in the stream's own order.
     """
 
     size: int
@@ -33,6 +37,7 @@ class Factor:
     runs: Runs = ()
     grid: tuple[int, ...] = ()
     side: int | None = None
+    partition: Partition | None = None
 
 
 Dim = tuple[Factor, ...]  # a dimension of size one has no factors
@@ -78,8 +83,24 @@ def has(dim: Dim, *roles: str) -> bool:
 
 
 def is_tokens(dim: Dim) -> bool:
-    """Whether a dimension holds tokens and nothing else, and not one side of their grid alone."""
-    return len(dim) == 1 and dim[0].role == "tokens" and dim[0].side is None
+    """Whether a dimension holds tokens and nothing else, in their own order, and not one side of their grid alone."""
+    return len(dim) == 1 and dim[0].role == "tokens" and dim[0].side is None and dim[0].partition is None
+
+
+def partition_of(dim: Dim) -> Partition | None:
+    """The partition that a dimension is made of, if it is made of places of one and nothing else."""
+    held = {f.partition for f in dim}
+    return held.pop() if len(held) == 1 else None
+
+
+def is_axis(dim: Dim) -> bool:
+    """Whether attention over a dimension may be over tokens: all of a sequence, or some sides of a partition."""
+    return is_tokens(dim) or partition_of(dim) is not None
+
+
+def sides_of(dim: Dim) -> tuple[int, ...]:
+    """The sides of a partition that a dimension holds."""
+    return tuple(s.side for f in dim if f.partition is not None for s in opened(f) if s.side is not None)
 
 
 def merge(runs: Runs) -> Runs:
@@ -122,7 +143,7 @@ def regroup(layout: Layout, shape: list[int]) -> Layout | None:
         shape: Sizes after it.
     """
     pool: list[Factor] = []
-    for factor in (side for dim in layout for f in dim for side in _opened(f)):
+    for factor in (side for dim in layout for f in dim for side in opened(f)):
         if pool and not factor.role and not pool[-1].role:
             pool[-1] = Factor(pool[-1].size * factor.size)
         else:
@@ -148,7 +169,7 @@ def regroup(layout: Layout, shape: list[int]) -> Layout | None:
     return tuple(result) if not pool else None
 
 
-def _opened(factor: Factor) -> tuple[Factor, ...]:
+def opened(factor: Factor) -> tuple[Factor, ...]:
     """The sides of a whole grid; anything else as it is."""
     if not factor.grid or factor.side is not None:
         return (factor,)
@@ -161,15 +182,15 @@ def closed(dim: Dim) -> Dim:
     for factor in dim:
         result.append(factor)
         count = len(factor.grid)
-        if factor.side is not None and tuple(result[-count:]) == _opened(replace(factor, side=None)):
+        if factor.side is not None and tuple(result[-count:]) == opened(replace(factor, side=None)):
             result[-count:] = [replace(factor, size=math.prod(factor.grid), side=None)]
     return tuple(result)
 
 
 def grid_of(layout: Layout) -> tuple[int, ...]:
     """The grid of which each side stands once in a layout; empty if there is none."""
-    held = [side for dim in layout for f in dim if f.role == "tokens" for side in _opened(f)]
-    grid = held[0].grid if held else ()
+    held = [side for dim in layout for f in dim if f.role == "tokens" for side in opened(f)]
+    grid = held[0].grid if held and held[0].partition is None else ()
     once = len(held) == len(grid) and {side.side for side in held} == set(range(len(grid)))
     return grid if once else ()
 

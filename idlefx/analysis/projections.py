@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from idlefx.analysis import layouts as lay
+from idlefx.analysis.edits import Rearrange
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.walk import Walk
 from idlefx.graph.queries import argument
@@ -93,7 +94,8 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
     if current.target not in _LAYERS or current not in walk or node not in walk:
         return None
     features = _features_dim(current, lay.flat(walk[current]))
-    if features is None or not _same_tokens(walk[current], walk[node]):
+    same = walk.windows is not None or _same_tokens(walk[current], walk[node])  # in whatever order
+    if features is None or not same or not all(stream_source(walk, i) for i in current.all_input_nodes if i in walk):
         return None
     shape = shape_of(current, SMALL_BATCH)
     numbers: Any = torch.arange(shape[features]).view(-1, *(1,) * (-1 - features)).expand(shape)
@@ -105,6 +107,13 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
         return None  # the batch of the block is not that of the image, or is fixed
     rows = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH))
     return rows and replace(rows, factor=factor)
+
+
+def stream_source(walk: Walk, node: fx.Node) -> fx.Node | None:
+    """Where the tokens of a node stand in the stream's own order: itself, or what was moved to make it."""
+    edits = [edit for edit in walk.edits.get(node, []) if isinstance(edit, Rearrange)]
+    source = edits[0].source if edits else node
+    return None if any(f.partition for dim in walk[source] for f in dim) else source
 
 
 def _with_numbers(step: fx.Node, numbers: Any) -> tuple[Any, Any]:
@@ -122,6 +131,9 @@ def _features_dim(layer: fx.Node, layout: Layout) -> int | None:
     """Where a layer has its features, counted from the last dimension; None if its batch or tokens have no own axis."""
     roles = [dim[0].role if len(dim) == 1 else "?" for dim in layout]
     if layer.target is aten.linear.default:
+        if any(f.partition for dim in layout for f in dim):
+            alone = not layout[-1][0].role and all(f.role for dim in layout[:-1] for f in dim)
+            return -1 if alone else None
         return -1 if roles in (["batch", "tokens", ""], ["tokens", "batch", ""]) else None
     return -3 if roles == ["batch", "", "tokens"] and argument(layer, 6, "groups", 1) == 1 else None
 

@@ -1,11 +1,15 @@
 """Follow the token axis through a region of a graph, operation by operation, by the rules for each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
 
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.attention import Core
 from idlefx.analysis.layouts import Layout
-from idlefx.analysis.refusal import refuse
+from idlefx.analysis.movement import layout_of
+from idlefx.analysis.partition import NOBODY, Windows
+from idlefx.analysis.refusal import refuse, refuse_movement
 from idlefx.analysis.rules import (
     compute,  # noqa: F401  so that their rules are known
     reshape,  # noqa: F401  so that their rules are known
@@ -16,21 +20,46 @@ from idlefx.analysis.walk import Walk
 from idlefx.graph.memory import Memory, has_effect, written
 
 
-def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout]) -> Walk:
+def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout], *, moves: bool = False) -> Walk:
     """Follow the tokens through `nodes`, which are in graph order.
 
     Args:
         nodes: The region.
         known: Layouts of the nodes that the region starts from.
+        moves: Also through what moves them, such as a partition into windows.
 
     Raises:
         RefusedOperation: An operation has no rule, or mixes tokens.
     """
-    walk = Walk(dict(known))
+    walk = Walk(dict(known), grid=next(map(lay.grid_of, known.values()), ()))
     region = list(nodes)
     for node in region:
-        walk.layouts[node] = rule_of(node)(walk, node)
+        walk.layouts[node] = layout_of(walk, node) if moves else rule_of(node)(walk, node)
     _check_writes(region, known)
+    return walk
+
+
+def follow_windows(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout], cores: Sequence[Core]) -> Walk:
+    """Follow the tokens through a region that moves them, and find the windows that its attention is over.
+
+    Args:
+        nodes: The region.
+        known: Layouts of the nodes that the region starts from.
+        cores: Its attention.
+
+    Raises:
+        RefusedOperation: As `follow`; or the attention is over several kinds of windows, or windows without a token.
+    """
+    walk = follow(nodes, known, moves=True)
+    for core in cores:
+        keys = core.key_layout(walk[core.key])[-2]
+        partition = lay.partition_of(keys)
+        windows = None if partition is None else Windows(partition, lay.sides_of(keys))
+        if core is not cores[0] and windows != walk.windows:
+            refuse_movement(core.out, "attends over other windows than another attention of the block")
+        if windows is not None and not (windows.tokens != NOBODY).any(1).all():
+            refuse_movement(core.out, "attends over a window that holds padding alone")
+        walk.windows = windows
     return walk
 
 

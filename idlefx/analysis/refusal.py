@@ -21,6 +21,10 @@ class RefusedOperation(Exception):
         self.node = node
 
 
+class RefusedMovement(RefusedOperation):
+    """Tokens are moved in a way that gives no windows of which some could work alone."""
+
+
 def refuse(node: fx.Node, reason: str) -> NoReturn:
     """Refuse a node, naming the operation and the user's line.
 
@@ -28,3 +32,12 @@ def refuse(node: fx.Node, reason: str) -> NoReturn:
         RefusedOperation: Always.
     """
     raise RefusedOperation(f"{node.target} {reason} (at {source_line(node)})", node)
+
+
+def refuse_movement(node: fx.Node, reason: str) -> NoReturn:
+    """Refuse what a node does to windows, naming the operation and the user's line.
+
+    Raises:
+        RefusedMovement: Always.
+    """
+    raise RefusedMovement(f"{node.target} {reason} (at {source_line(node)})", node)

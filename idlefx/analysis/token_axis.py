@@ -7,8 +7,9 @@ from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core
-from idlefx.analysis.propagation import follow
-from idlefx.analysis.refusal import RefusedOperation, refuse
+from idlefx.analysis.movement import MOVES
+from idlefx.analysis.propagation import follow, follow_windows
+from idlefx.analysis.refusal import RefusedMovement, RefusedOperation, refuse
 from idlefx.analysis.trunks import Trunk
 from idlefx.analysis.walk import Walk
 from idlefx.graph.queries import leaks, source_line
@@ -47,7 +48,7 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
     for axes in _possible(trunk.entry):
         layout = lay.stream(shape_of(trunk.entry), axes.tokens, axes.batch)
         try:
-            walk = follow(nodes, {trunk.entry: layout})
+            walk = follow_block(nodes, trunk.entry, layout, trunk.cores)
         except RefusedOperation as refusal:
             refusals.append((axes, refusal))
             continue
@@ -59,6 +60,31 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
     order = {node: place for place, node in enumerate(nodes)}
     _, furthest = max(refusals, key=lambda tried: (tried[0].tokens != (2,), order.get(tried[1].node, -1)))  # type: ignore[arg-type]
     raise furthest
+
+
+def follow_block(nodes: list[fx.Node], entry: fx.Node, layout: lay.Layout, cores: Sequence[Core]) -> Walk:
+    """Follow the tokens by the rules alone, or through what moves them where the rules refuse.
+
+    Args:
+        nodes: The block.
+        entry: Its entry.
+        layout: That of the entry.
+        cores: Its attention.
+
+    Raises:
+        RefusedOperation: By the rules, unless it can be said what is wrong with the movement.
+    """
+    try:
+        return follow(nodes, {entry: layout})
+    except RefusedOperation as refusal:
+        if refusal.node is None or refusal.node.target not in MOVES:
+            raise
+        try:
+            return follow_windows(nodes, {entry: layout}, cores)
+        except RefusedMovement:
+            raise
+        except RefusedOperation:
+            raise refusal from None
 
 
 def attends_over_batch(core: Core) -> bool:

@@ -2,96 +2,34 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import fx
 
 from idlefx.analysis import layouts as lay
-from idlefx.analysis.layouts import Dim, Layout, Runs
+from idlefx.analysis.edits import Axis, Edit, Read, ReadPlaces
+from idlefx.analysis.layouts import Dim, Layout
+from idlefx.analysis.partition import Windows
 from idlefx.analysis.refusal import refuse
 from idlefx.graph.queries import value
 from idlefx.graph.sizes import plain_shape
 
 
-class Axis(NamedTuple):
-    """Where tokens stand in an output.
-
-    Attributes:
-        dim: The dimension, or the first of a grid's.
-        runs: The tokens.
-        grid: Sizes of the dimensions from `dim` on that are a grid's; empty where it is one.
-    """
-
-    dim: int
-    runs: Runs
-    grid: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Read:
-    """An operand that is read by token position and does not shrink by itself: take the working tokens' part.
-
-    Attributes:
-        operand: The node, mostly one from outside the region.
-        axes: Where the tokens stand in the output.
-        rank: Rank of the output that the operand is broadcast to.
-        batch_dim: Where the output's batch stands.
-        copies: How many entries of that dimension belong to one image, where heads are merged into the batch.
-    """
-
-    operand: fx.Node
-    axes: tuple[Axis, ...]
-    rank: int
-    batch_dim: int
-    copies: int = 1
-
-
-@dataclass(frozen=True)
-class Resize:
-    """A size given as a literal: argument `arg`, entry `entry`, is the size of `dim`."""
-
-    arg: int
-    entry: int
-    dim: Dim
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Bounds on the token axis: argument `arg` is a place along an axis made of `runs`."""
-
-    arg: int
-    place: int
-    runs: Runs
-
-
-@dataclass(frozen=True)
-class WholeGrid:
-    """An operation that treats each row or column of a grid in a way of its own, and each token by itself.
-
-    It gets the working tokens at their places in the whole grid, and of what it gives they are taken again.
-
-    Attributes:
-        operand: The node that holds the tokens.
-        before: Its layout.
-        after: That of the result.
-        grid: Sizes of the grid.
-    """
-
-    operand: fx.Node
-    before: Layout
-    after: Layout
-    grid: tuple[int, ...]
-
-
-Edit = Read | Resize | Cut | WholeGrid
-
-
 @dataclass
 class Walk:
-    """The state of following one region: layouts found, and edits needed, by node."""
+    """The state of following one region.
+
+    Attributes:
+        layouts: Those that were found, by node.
+        edits: What must change for fewer tokens, by node.
+        grid: Sizes of the grid that the tokens of the stream stand on, if they do.
+        windows: What the attention is over, where it is over windows.
+    """
 
     layouts: dict[fx.Node, Any]
     edits: dict[fx.Node, list[Edit]] = field(default_factory=dict)
+    grid: tuple[int, ...] = ()
+    windows: Windows | None = None
 
     def __getitem__(self, node: Any) -> Layout:
         layout: Layout = self.layouts[node]
@@ -159,7 +97,7 @@ def _one_batch(dims: set[Dim]) -> set[Dim]:
 
 def _one_token_axis(dims: set[Dim]) -> set[Dim]:
     """Features that are added to tokens, one to each, are a table that is read by position."""
-    axis = next((dim for dim in dims if len(dim) == 1 and dim[0].role == "tokens"), None)
+    axis = next((dim for dim in dims if dim and all(f.role == "tokens" for f in dim)), None)
     return {axis if axis is not None and dim == lay.features(lay.size(axis)) else dim for dim in dims}
 
 
@@ -172,13 +110,19 @@ def read_by_position(walk: Walk, node: fx.Node, operand: fx.Node, output: Layout
     sizes, rank = sizes_of(operand), len(output)
     own: Layout = walk[operand] if operand in walk else ((),) * len(sizes)
     axes: dict[int, Axis] = {}
+    places: list[int] = []
     for d in range(max(rank - len(sizes), 0), rank):
         shrinks = lay.has(own[d - rank], "tokens")
         if sizes[d - rank] != 1 and lay.has(output[d], "tokens") and not shrinks and d != skip:
+            if lay.sides_of(output[d]):
+                places.append(d)
+                continue
             axis = _axis_through(output, d)
             if axis is None:
                 refuse(node, f"reads `{operand.name}` by position along an axis that tokens share")
             axes[axis.dim] = axis
+    if places:
+        walk.edit(node, ReadPlaces(operand, output, tuple(places), operand in walk))
     if axes:
         batch = next((d for d, dim in enumerate(output) if dim and dim[0].role == "batch"), None)
         if batch is None or lay.has(output[batch], "tokens"):

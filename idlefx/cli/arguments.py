@@ -7,7 +7,7 @@ from typing import Any
 
 from idlefx.cli.parser import CountOrPositions, Numbers, Parser, flag
 from idlefx.errors import InputError
-from idlefx.options import IDLES, SCHEDULES, SELECTORS, PlanOptions
+from idlefx.options import IDLES, SCHEDULES, SELECTORS, UNITS, PlanOptions
 from idlefx.planning.model_plan import ModelPlan, read_plan
 from idlefx.utils.versions import VERSION
 
@@ -47,6 +47,10 @@ PLAN: Mapping[str, Mapping[str, Any]] = {
     "idle": {
         "choices": IDLES,
         "help": "what idle tokens do: rest, unchanged (wants fine-tuning), or follow the worker most like them",
+    },
+    "unit": {
+        "choices": UNITS,
+        "help": "what idles where attention is over windows: whole windows, or tokens in each",
     },
 }  # fmt: skip
 

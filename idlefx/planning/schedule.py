@@ -5,7 +5,9 @@ from dataclasses import replace
 
 from idlefx.errors import PlanError
 from idlefx.options import AUTO, PlanOptions
+from idlefx.planning.ratios import kept_tokens
 from idlefx.planning.selectors import LOGITS, find_selector
+from idlefx.planning.windows import kept_slots, unit_of
 from idlefx.records import Block, BlockTable, Plan, Step
 
 
@@ -20,6 +22,7 @@ def make_plan(blocks: BlockTable, options: PlanOptions) -> Plan:
         PlanError: The options do not fit the model.
     """
     _check_layers(blocks, options)
+    _check_unit(blocks, options)
     if options.selector != AUTO:
         find_selector(options.selector)
     shares = sorted(zip(options.layers, _ratios(options), strict=True))
@@ -33,11 +36,6 @@ def make_plan(blocks: BlockTable, options: PlanOptions) -> Plan:
     if not options.reselect and options.idle == "rest":
         _check_pruning(plan)
     return plan
-
-
-def kept_tokens(keep: float, tokens: int) -> int:
-    """K of M image tokens: `max(1, floor(keep * M))`, safe against the last bit of the product."""
-    return max(1, math.floor(keep * tokens + 1e-9))
 
 
 def rounded_tokens(kept: int, block: Block, multiple_of: int) -> int:
@@ -77,8 +75,19 @@ def _step(blocks: BlockTable, index: int, ratio: float, options: PlanOptions) ->
         )
     name = _resolve(block, options.selector)
     form = ("affine" if block.affine else "keys") if name in LOGITS else ""
+    unit = unit_of(block, options)
+    if unit:
+        kept = kept_slots(ratio, block, unit, options.multiple_of)
+        return Step(index, block.path, ratio, kept, math.prod(block.windows), name, form, unit=unit)
     kept = rounded_tokens(kept_tokens(ratio, block.image_tokens), block, options.multiple_of)
     return Step(index, block.path, ratio, kept, block.image_tokens, name, form)
+
+
+def _check_unit(blocks: BlockTable, options: PlanOptions) -> None:
+    if options.unit != "auto" and not any(block.windows for block in blocks):
+        raise PlanError(
+            f"plan: unit={options.unit!r} is for attention over windows, which no block has; leave it out:\n{blocks}"
+        )
 
 
 def _in_groups(blocks: BlockTable, steps: tuple[Step, ...], options: PlanOptions) -> tuple[Step, ...]:
@@ -132,6 +141,11 @@ def fits(plan: Plan, blocks: BlockTable) -> bool:
 
 def _check_pruning(plan: Plan) -> None:
     """Where no token may return, no later block may work on more tokens than are left, or on other ones."""
+    if inside := [step for step in plan if step.unit and step.idles]:
+        raise PlanError(
+            f"plan: with reselect=False tokens that idle never work again, but block {inside[0].block} "
+            f"({inside[0].path or 'no path'}) chooses anew in windows of its own; let tokens return, with reselect=True"
+        )
     steps = {step.block: step for step in plan}
     before: Step | None = None
     for block in plan.blocks:

@@ -10,15 +10,18 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from idlefx.analysis import layouts as lay
-from idlefx.analysis.layouts import Dim, Layout, Runs
+from idlefx.analysis.edits import Axis, Cut, Read, ReadPlaces, Rearrange, Resize, WholeGrid
+from idlefx.analysis.layouts import Dim, Runs
 from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.subset import Subset
-from idlefx.analysis.walk import Axis, Cut, Read, Resize, Walk, WholeGrid
+from idlefx.analysis.walk import Walk
 from idlefx.errors import PassError
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import Made
 from idlefx.graph.queries import carries_tensors
+from idlefx.rewriting.told_layouts import products, reading, rearranging
 from idlefx.runtime import gather_scatter, grids
+from idlefx.runtime.windows import read_places, rearrange
 
 aten = torch.ops.aten
 
@@ -53,10 +56,9 @@ class Rebuilder:
         """
         for needed in self._needed(node):
             try:
-                args, kwargs = self._edited(needed)
+                target, args, kwargs = self._edited(needed)
             except RefusedOperation as refusal:
                 raise PassError(f"rewriting: `{needed.name}` cannot work on these tokens only: {refusal}") from refusal
-            target: Any = needed.target
             note = replace(self.note, stands_for=needed.name)
             name = self.prefix + needed.name
             copy = add_call(self.graph, target, *args, name=name, like=needed, note=note, **kwargs)
@@ -77,14 +79,26 @@ class Rebuilder:
             if ready:
                 order[current] = None
             else:
-                stack += [(current, True), *((i, False) for i in reversed(current.all_input_nodes))]
+                stack += [(current, True), *((i, False) for i in reversed(self._inputs(current)))]
         return list(order)
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        moved = self._moved(node)
+        return node.all_input_nodes if moved is None else [moved.source]
+
+    def _moved(self, node: fx.Node) -> Rearrange | None:
+        """The chain of movement that ends at a node, where only some tokens are there and one reshape does it."""
+        edits = self.walk.edits.get(node, []) if self.subset is not None else []
+        return next((edit for edit in edits if isinstance(edit, Rearrange)), None)
 
     def _inside(self, node: fx.Node) -> bool:
         sizes = not carries_tensors(node) and any(i in self.walk for i in node.all_input_nodes)
         return node in self.walk or sizes
 
-    def _edited(self, node: fx.Node) -> tuple[Any, Any]:
+    def _edited(self, node: fx.Node) -> tuple[Any, Any, Any]:
+        """What is called for a node: target, arguments, and those by keyword."""
+        if self.subset is not None and (moved := self._moved(node)) is not None:
+            return rearrange, rearranging(self.subset, moved, self(moved.source)), {}
         replaced: dict[fx.Node, fx.Node] = {}
         args = list(node.args)
         if self.subset is not None:
@@ -98,12 +112,14 @@ class Rebuilder:
                     args[edit.arg] = entries
                 elif isinstance(edit, Cut):
                     args[edit.arg] = self.subset.count(node, lay.cut(edit.runs, 0, edit.place))
-                else:
-                    where = (self.subset.index, _products(edit.before), edit.grid)
+                elif isinstance(edit, ReadPlaces):
+                    replaced[edit.operand] = self._read_places(node, edit)
+                elif isinstance(edit, WholeGrid):
+                    where = (self.subset.index, products(edit.before), edit.grid)
                     few = self.mapping[edit.operand]
                     replaced[edit.operand] = self._add(grids.put_on_grid, few, *where, name="on_grid", like=node)
         done: tuple[Any, Any] = map_arg((tuple(args), node.kwargs), lambda n: replaced.get(n) or self.mapping.get(n, n))
-        return done
+        return node.target, *done
 
     def _size(self, node: fx.Node, before: Any, dim: Dim) -> Any:
         assert self.subset is not None
@@ -120,7 +136,7 @@ class Rebuilder:
         """The tokens that are there, of a copy that works on the whole grid; any other copy as it is."""
         for edit in self.walk.edits.get(node, []):
             if isinstance(edit, WholeGrid) and self.subset is not None:
-                where = (self.subset.index, _products(edit.after), edit.grid)
+                where = (self.subset.index, products(edit.after), edit.grid)
                 return self._add(grids.take_from_grid, copy, *where, name="off_grid", like=node)
         return copy
 
@@ -134,6 +150,18 @@ class Rebuilder:
                 table = self._read_along(node, table, edit, axis)
             self.reads[key] = table
         return self.reads[key]
+
+    def _read_places(self, node: fx.Node, edit: ReadPlaces) -> fx.Node:
+        """A table at the windows or slots that work; as it is where it serves all of them."""
+        assert self.subset is not None
+        table = self.mapping.get(edit.operand, edit.operand)
+        told = reading(self.subset, node, edit)
+        key = (table, told)
+        if told is not None and key not in self.reads:
+            for _ in range(len(edit.output) - len(table.meta["val"].shape)):
+                table = self._add(aten.unsqueeze.default, table, 0, name="table", like=node)
+            self.reads[key] = self._add(read_places, table, self.subset.chosen, *told, name="read", like=node)
+        return table if told is None else self.reads[key]
 
     def _read_along(self, node: fx.Node, table: fx.Node, edit: Read, axis: Axis) -> fx.Node:
         index = self._index(node, axis.runs)
@@ -163,16 +191,3 @@ class Rebuilder:
         if len(parts) == 1:
             return parts[0]
         return self._add(aten.cat.default, parts, 1, name="places", like=node)
-
-
-def _products(layout: Layout) -> grids.Dims:
-    """A layout as `runtime.grids` wants to be told it."""
-
-    def told(factor: lay.Factor) -> list[tuple[str, int]]:
-        if factor.role == "batch":
-            return [("batch", 0)]
-        if factor.role != "tokens":
-            return [("features", factor.size)]
-        return [("side", side) for side in (range(len(factor.grid)) if factor.side is None else (factor.side,))]
-
-    return tuple(tuple(each for factor in dim for each in told(factor)) for dim in layout)

@@ -18,7 +18,7 @@ from torch import fx
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core
 from idlefx.analysis.blocks import Opened
-from idlefx.analysis.projections import Projection, projection
+from idlefx.analysis.projections import Projection, projection, stream_source
 from idlefx.analysis.subset import Subset
 from idlefx.errors import PlanError
 from idlefx.graph.build import add_call
@@ -79,12 +79,17 @@ class Head:
                 f"{type(error).__name__}: {error}"
             ) from error
         shape = list(getattr(scores.meta["val"], "shape", ()))
-        if len(shape) != 2 or shape[1] != self.block.tokens:
+        if len(shape) != 2 or shape[1] != self.score_count:
             raise PlanError(
                 f"select: selector {step.selector!r} returned {shape or type(scores.meta['val']).__name__} in block "
-                f"{self.block.index}; it must return one score for each token, (B, {self.block.tokens})"
+                f"{self.block.index}; it must return one score for each token, (B, {self.score_count})"
             )
         return scores
+
+    @property
+    def score_count(self) -> int:
+        """How many tokens are scored together."""
+        return self.block.tokens
 
     def add(self, target: Any, *args: Any, name: str, role: Role = "score", **kwargs: Any) -> fx.Node:
         """Insert a call for this block."""
@@ -232,15 +237,21 @@ class Head:
         return self.add(aten.transpose.int, tokens, 0, 1, name="tokens") if self._token_dim(rows) == 0 else tokens
 
     def _all_tokens(self, rows: Projection) -> fx.Node:
-        return self._features_last(rows, self.all_tokens(rows.linear.all_input_nodes[0]))
+        return self._features_last(rows, self.all_tokens(self._source(rows)))
+
+    def _source(self, rows: Projection) -> fx.Node:
+        """What a projection is made of, where the tokens stand in the stream's own order."""
+        source = stream_source(self.walk, rows.linear.all_input_nodes[0])
+        assert source is not None
+        return source
 
     def _features_last(self, rows: Projection, tokens: fx.Node) -> fx.Node:
         """What a projection is made of, for any tokens: these in one dimension, and the features in the last."""
-        tokens = flattened(self.add, tokens, self.walk[rows.linear])
+        tokens = flattened(self.add, tokens, self.walk[self._source(rows)])
         return self.add(aten.transpose.int, tokens, 1, 2, name="tokens") if rows.convolves else tokens
 
     def _token_dim(self, rows: Projection) -> int:
-        return 0 if self.walk[rows.linear][0][0].role == "tokens" else 1
+        return 0 if self.walk[self._source(rows)][0][0].role == "tokens" else 1
 
     def _one_token(self, rows: Projection, selector: str) -> fx.Node:
         """The class token in front of a projection, or the mean image token, (B, C)."""

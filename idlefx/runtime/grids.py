@@ -27,9 +27,9 @@ def put_on_grid(x: Tensor, index: Tensor, dims: Dims, grid: tuple[int, ...]) -> 
         `x` with the sizes of the grid.
     """
     batch, few = index.shape[0], _one_row(index, grid)
-    tokens = _tokens_first(x, dims, few, batch)
+    tokens = tokens_first(x, dims, few, batch)
     whole = tokens.new_zeros((batch, math.prod(grid), *tokens.shape[2:]))
-    return _laid_out(put_tokens(whole, index, tokens), dims, grid)
+    return laid_out(put_tokens(whole, index, tokens), dims, grid)
 
 
 def take_from_grid(x: Tensor, index: Tensor, dims: Dims, grid: tuple[int, ...]) -> Tensor:
@@ -44,8 +44,8 @@ def take_from_grid(x: Tensor, index: Tensor, dims: Dims, grid: tuple[int, ...]) 
     Returns:
         `x` with the tokens in one row.
     """
-    tokens = take_tokens(_tokens_first(x, dims, grid, index.shape[0]), index)
-    return _laid_out(tokens, dims, _one_row(index, grid))
+    tokens = take_tokens(tokens_first(x, dims, grid, index.shape[0]), index)
+    return laid_out(tokens, dims, _one_row(index, grid))
 
 
 def read_on_grid(table: Tensor, index: Tensor, dim: int, batch_dim: int, grid: tuple[int, ...]) -> Tensor:
@@ -74,14 +74,14 @@ def _one_row(index: Tensor, grid: tuple[int, ...]) -> tuple[int, ...]:
     return (*(1,) * (len(grid) - 1), index.shape[1])
 
 
-def _tokens_first(x: Tensor, dims: Dims, grid: Sequence[int], batch: int) -> Tensor:
+def tokens_first(x: Tensor, dims: Dims, grid: Sequence[int], batch: int) -> Tensor:
     """(B, tokens, …) of a tensor whose tokens stand on a grid of these sizes."""
     sizes, order = _sizes(dims, grid, batch), _order(dims)
     return x.reshape([size for dim in sizes for size in dim]).permute(order).flatten(1, len(grid))
 
 
-def _laid_out(tokens: Tensor, dims: Dims, grid: Sequence[int]) -> Tensor:
-    """Undo `_tokens_first`."""
+def laid_out(tokens: Tensor, dims: Dims, grid: Sequence[int]) -> Tensor:
+    """Undo `tokens_first`."""
     sizes, order = _sizes(dims, grid, tokens.shape[0]), _order(dims)
     factors = [size for dim in sizes for size in dim]
     x = tokens.reshape([factors[at] for at in order]).permute([order.index(at) for at in range(len(order))])

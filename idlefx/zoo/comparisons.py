@@ -1,7 +1,7 @@
 """A converted model beside the references: what it returns, and which tokens it chooses or groups."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,7 +58,9 @@ def compare(model: nn.Module, idle: IdleModule, table: BlockTable, batch: Inputs
     args, kwargs = _arguments(batch)
     chosen = {paths[block]: index for block, index in selections(idle, *args, **kwargs).items()}
     keeps = {paths[step.block]: step.keep for step in idle.plan if step.idles}
-    answer = reference.idle(model, keeps, _tokens(model, table, batch), chosen, call)
+    units = {paths[step.block]: step.unit for step in idle.plan if step.idles}
+    tokens = {path: replace(each, unit=units.get(path, "")) for path, each in _tokens(model, table, batch).items()}
+    answer = reference.idle(model, keeps, tokens, chosen, call)
     return Comparison(largest_difference(answer.output, run(idle, batch)), answer.excess)
 
 

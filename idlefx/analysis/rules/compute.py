@@ -4,10 +4,11 @@ import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
+from idlefx.analysis.edits import WholeGrid, WholeWindows
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Walk, WholeGrid, broadcast, dimension, need_features, read_by_position, sizes_of
+from idlefx.analysis.walk import Walk, broadcast, dimension, need_features, read_by_position, sizes_of
 from idlefx.graph.queries import argument, tensor_argument
 
 aten = torch.ops.aten
@@ -51,9 +52,16 @@ def softmax(walk: Walk, node: fx.Node) -> Layout:
     """Over features; or over the keys of an attention map, which has queries on another token axis."""
     layout = walk[node.args[0]]
     dim = dimension(node, node.args[1], len(layout))
-    if not (lay.is_tokens(layout[dim]) and sum(lay.is_tokens(d) for d in layout) == 2):
+    if not _has_map(layout, layout[dim]):
         need_features(node, layout, [dim], "takes a softmax")
     return layout
+
+
+def _has_map(layout: Layout, keys: lay.Dim) -> bool:
+    """Whether a layout has queries and keys: two dimensions of the same tokens, all of them or those of a window."""
+    if lay.partition_of(keys) is not None:
+        return sum(dim == keys for dim in layout) == 2
+    return lay.is_tokens(keys) and sum(lay.is_tokens(dim) for dim in layout) == 2
 
 
 @rule(torch.ops.higher_order.wrap_with_autocast)
@@ -120,7 +128,7 @@ def matmul(walk: Walk, node: fx.Node) -> Layout:
     left, right = walk[a], walk[b]
     if len(left) != len(right) or any(x and y and x != y for x, y in zip(left[:-2], right[:-2], strict=True)):
         refuse(node, "multiplies tensors that are laid out differently")
-    of_map = any(lay.is_tokens(x[-1]) and lay.is_tokens(x[-2]) for x in (left, right)) and right[-2] == left[-1]
+    of_map = any(lay.is_axis(x[-1]) and lay.is_axis(x[-2]) for x in (left, right)) and right[-2] == left[-1]
     if not of_map:
         need_features(node, left, [len(left) - 1], "contracts")
         need_features(node, right, [len(right) - 2], "contracts")
@@ -136,6 +144,9 @@ def _outside_product(walk: Walk, node: fx.Node, a: fx.Node, b: fx.Node) -> Layou
     if own is None or any(lay.has(dim, "batch") for dim in own):
         refuse(node, "multiplies with a stack of outside matrices")
     if any(lay.has(dim, "tokens") for dim in own):  # a matrix for each row or column, as of a relative position
+        if sides := tuple(side for dim in own for side in lay.sides_of(dim)):
+            walk.edit(node, WholeWindows(sides))
+            return result
         grid = lay.grid_of(layout)
         if not grid:
             refuse(node, "multiplies with a stack of outside matrices")
@@ -180,7 +191,7 @@ def attention(walk: Walk, node: fx.Node) -> Layout:
     if not all(operand in walk for operand in (q, k, v)):
         refuse(node, "takes queries, keys or values from outside the block")
     query, key, val = walk[q], walk[k], walk[v]
-    if not (lay.is_tokens(query[-2]) and lay.is_tokens(key[-2]) and val[-2] == key[-2]):
+    if not (_attends(query, key) and val[-2] == key[-2]):
         refuse(node, "does not attend over the token axis")
     if lay.has((*query[-1], *key[-1], *val[-1]), "tokens", "batch"):
         refuse(node, "has tokens or the batch among its features")
@@ -189,6 +200,14 @@ def attention(walk: Walk, node: fx.Node) -> Layout:
     if mask is not None:
         read_by_position(walk, node, mask, scores)
     return (*query[:-1], val[-1])
+
+
+def _attends(query: Layout, key: Layout) -> bool:
+    """Whether queries and keys are tokens of one sequence, or all of the same windows."""
+    if lay.partition_of(query[-2]) is None:
+        return lay.is_tokens(query[-2]) and lay.is_tokens(key[-2])
+    held = [[side for dim in each[:-2] for side in lay.sides_of(dim)] for each in (query, key)]
+    return query[-2] == key[-2] and held[0] == held[1]
 
 
 @rule(aten.conv1d.default)

@@ -4,10 +4,11 @@ import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
+from idlefx.analysis.edits import Resize
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Resize, Walk, broadcast, dimension, sizes_of
+from idlefx.analysis.walk import Walk, broadcast, dimension, sizes_of
 from idlefx.graph.queries import argument
 
 aten = torch.ops.aten

@@ -7,10 +7,11 @@ import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
+from idlefx.analysis.edits import Cut, Resize
 from idlefx.analysis.layouts import Layout
 from idlefx.analysis.refusal import refuse
 from idlefx.analysis.rules.registry import rule
-from idlefx.analysis.walk import Cut, Resize, Walk, dimension, need_features, read_by_position, sizes_of
+from idlefx.analysis.walk import Walk, dimension, need_features, read_by_position, sizes_of
 from idlefx.graph.queries import argument, tensor_argument
 from idlefx.graph.sizes import plain_shape
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from idlefx.zoo.reference.windows import rested
+
 PRODUCTS = {  # which arguments are multiplied
     torch.matmul: (0, 1), Tensor.matmul: (0, 1), Tensor.__matmul__: (0, 1), torch.bmm: (0, 1), Tensor.bmm: (0, 1),
     torch.baddbmm: (1, 2), Tensor.baddbmm: (1, 2),
@@ -170,11 +172,13 @@ class Tokens:
         prefix: The positions that no image flows into.
         class_token: The position of the class token, if there is one.
         dims: Where the tokens stand in the residual stream: on a grid in two dimensions, rows and columns.
+        unit: Where attention is over windows, what idles: whole "windows", or "tokens" in each.
     """
 
     prefix: tuple[int, ...]
     class_token: int | None
     dims: tuple[int, ...] = (1,)
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -325,6 +329,15 @@ def _idling(
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = _stream((args, kwargs), rank=2 + len(tokens.dims))
+        if tokens.unit:
+
+            def run(stream: Tensor) -> Any:
+                given = tree_map_only(Tensor, lambda t: stream if t is x else t, (args, kwargs))
+                return dense(*given[0], **given[1])
+
+            output, excess = rested(run, x, tokens.dims, keep, chosen, tokens.unit)
+            excesses.append(excess)
+            return output
         batch, count = x.shape[0], math.prod(x.shape[dim] for dim in tokens.dims)
         working = torch.zeros(batch, count, dtype=torch.bool).scatter_(1, chosen, True)
         wanted = len(tokens.prefix) + kept_tokens(keep, count - len(tokens.prefix))
