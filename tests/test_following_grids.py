@@ -37,7 +37,7 @@ def test_follows_as_the_reference_does(kind):
     assert agrees(model, idle)
 
 
-@pytest.mark.parametrize("kind", ["relative", pytest.param("first", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["first", pytest.param("relative", marks=pytest.mark.slow)])
 def test_groups_join(kind):
     model = build(kind, 3)
     idle = idlefx.convert(model, **PLAN, reselect=False)
@@ -45,7 +45,8 @@ def test_groups_join(kind):
     assert agrees(model, idle)
 
 
-@pytest.mark.parametrize("reselect", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reselect", [True, False])
 def test_who_reads_between_two_blocks_reads_all_tokens(reselect):
     model = build("relative", 3, tells=True)
     idle = idlefx.convert(model, **PLAN, reselect=reselect)
@@ -81,6 +82,7 @@ def test_a_stage_ends_where_the_grid_changes():
     assert agrees(model, idle)
 
 
+@pytest.mark.slow
 def test_gradients_are_slopes():
     model, x = build("relative", 2).double(), pictures(2, seed=3).double()
     idle = idlefx.convert(model, **PLAN | {"example_inputs": x})
@@ -106,7 +108,7 @@ def test_attention_that_takes_no_term_is_refused():
 
 
 def test_groups_are_drawn_on_their_grid(tmp_path):
-    idle = idlefx.convert(build(ChannelsLast, 2), **PLAN)
+    idle = idlefx.convert(build(ChannelsLast), **PLAN | {"layers": [0]})
     assert idlefx.draw(idle, pictures(2), tmp_path / "tokens.png").stat().st_size > 0
 
 
