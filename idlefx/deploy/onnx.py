@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from idlefx.capture.export import quiet
 from idlefx.deploy.manifest import KEY
+from idlefx.deploy.onnx_forms import in_onnx_forms
 from idlefx.deploy.parity import check_parity
 from idlefx.deploy.program import Program
 from idlefx.errors import ArtifactError, InputError, first_line
@@ -44,7 +46,7 @@ def write_onnx(portable: Program, manifest: Mapping[str, Any], path: Path) -> No
     try:
         with quiet(), ops.plain():
             program = torch.onnx.export(
-                portable.export(),
+                replace(portable, module=in_onnx_forms(portable.module)).export(),
                 dynamo=True,
                 input_names=portable.input_names,
                 output_names=portable.output_names,

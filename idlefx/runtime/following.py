@@ -86,7 +86,7 @@ def average_groups(
         except ops.BUILD_ERRORS as error:
             ops.do_without(tokens.device, error)
     if stand_for is None:
-        sizes = 1 + _followed(workers, leaders, torch.float32).sum(-1)
+        sizes = 1 + follows(workers, leaders, torch.float32).sum(-1)
     else:
         each = stand_for.unsqueeze(-1)
         sizes = _sums(each, workers, order, leaders).squeeze(-1)
@@ -147,7 +147,7 @@ def restore_tokens(
     return (tokens + update).to(x.dtype).movedim((0, 1), (batch_dim, dim))
 
 
-def _followed(workers: Tensor, leaders: Tensor, kind: torch.dtype) -> Tensor:
+def follows(workers: Tensor, leaders: Tensor, kind: torch.dtype) -> Tensor:
     """A one where an idle token follows a worker (B, W, I)."""
     slots = torch.arange(workers.shape[1], device=workers.device)
     return (slots.unsqueeze(1) == leaders.unsqueeze(1)).to(kind)
@@ -161,7 +161,7 @@ def _sums(x: Tensor, workers: Tensor, order: Tensor, leaders: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_exporting():
             followers = _sums_in_bags(x.to(precision), idlers, leaders, workers.shape[1])
         else:
-            followers = _followed(workers, leaders, precision) @ take_tokens(x, idlers).to(precision)
+            followers = follows(workers, leaders, precision) @ take_tokens(x, idlers).to(precision)
         return take_tokens(x, workers) + followers
 
 

@@ -69,7 +69,7 @@ def choose_tokens(
         except BUILD_ERRORS as error:
             do_without(scores.device, error)
     if among is not None:
-        scores = _ranks(scores, among)
+        scores = rank_among(scores, among)
     # Everything is a sort, a scan or pointwise over whole rows, so that a compiler makes one kernel of it.
     order, count = descending(scores), scores.shape[1]
     fixed = are_prefix(order, prefix)
@@ -198,7 +198,7 @@ def descending(scores: Tensor) -> Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)
 
 
-def _ranks(scores: Tensor, among: Tensor) -> Tensor:
+def rank_among(scores: Tensor, among: Tensor) -> Tensor:
     """Scores that order as before, those of tokens to choose from above all others, whatever they were."""
     rank = descending(scores).argsort(dim=1)
     allowed = torch.zeros_like(rank).scatter(1, among, scores.shape[1])
