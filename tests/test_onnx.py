@@ -113,6 +113,15 @@ def test_onnxruntime_is_timed_with_dense_and_idle_packaged_alike(capsys):
     assert f"onnxruntime {onnxruntime.__version__}" in shown and "Skipped" not in shown
 
 
+@pytest.mark.slow
+def test_both_runtimes_are_timed_in_one_table(capsys):
+    options = ["--example-shape", "2,3,48,48", "--batch-size", "2", "--eager", "--baseline", "follow"]
+    assert main([*COMMAND, *options, "--runtime", "torch", "onnxruntime"]) == 0
+    shown = capsys.readouterr().out
+    rows = [tuple(line.split()[:3]) for line in shown.splitlines() if line.startswith(("eager  ", "onnxruntime  "))]
+    assert rows == [(mode, "2", name) for mode in ("eager", "onnxruntime") for name in ("dense", "idle", "follow")]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("idle", [pytest.param("rest", marks=pytest.mark.slow), "follow"])
 def test_session_is_called_like_its_model(idle):

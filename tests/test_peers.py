@@ -177,3 +177,18 @@ def test_first_tokens_bound_what_following_costs(reselect, capsys):
     shown = capsys.readouterr().out
     assert shown.count("of the speed of first, which chooses nothing") == 1
     assert "Skipped: baseline first: it bounds what following costs" in shown
+
+
+def test_other_kind_of_idle_tokens_is_timed_in_the_same_table(capsys):
+    assert shell.main([*COMMAND, "--idle", "follow", "--baseline", "follow", "rest", "first"]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split()[2] for line in shown.splitlines() if line.startswith("eager  ")]
+    assert rows == ["dense", "idle", "rest", "first"]
+    for name in ("idle", "rest"):
+        assert f"eager, batch 2: {name} reaches" in shown
+
+
+def test_other_kind_that_is_refused_is_named_and_the_rest_goes_on(capsys):
+    assert shell.main([*COMMAND, "--selector", "mean", "--baseline", "follow"]) == 0
+    shown = capsys.readouterr().out
+    assert "Skipped: plan: " in shown and "limit of follow" not in shown

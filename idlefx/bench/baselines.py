@@ -42,7 +42,10 @@ def open_baselines(given: Sequence[str]) -> dict[str, Callable[[nn.Module], None
     for entry in given:
         name, equals, path = entry.partition("=")
         if name not in KNOWN or not equals:
-            raise InputError(f"peer: {entry} is neither first nor of the form NAME=PATH; known are {', '.join(KNOWN)}")
+            raise InputError(
+                f"peer: {entry} is neither first, rest nor follow, nor of the form NAME=PATH; "
+                f"known are {', '.join(KNOWN)}"
+            )
         found[name] = KNOWN[name](Path(path).expanduser().resolve())
     return found
 

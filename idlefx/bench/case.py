@@ -21,6 +21,7 @@ class BenchCase:
 
     Args:
         models: By name; "dense" and "idle" among them.
+        served: The same as onnxruntime runs them; empty if it is not timed.
         prepare: Makes of a model, its compiled form and inputs a call, and says what stays in memory between calls.
         inputs: Makes the batch.
         batch: Its size.
@@ -30,12 +31,14 @@ class BenchCase:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
+        served: Mapping[str, nn.Module],
         prepare: Mapping[str, Prepare],
         inputs: Callable[[], Any],
         batch: int,
         device: torch.device,
     ) -> None:
-        self.models, self.prepare, self.inputs, self.batch, self.device = models, prepare, inputs, batch, device
+        self.models, self.served, self.prepare = models, served, prepare
+        self.inputs, self.batch, self.device = inputs, batch, device
         self.runs: dict[tuple[str, str], Run] = {}
         self.peaks: dict[tuple[str, str], float | None] = {}
         self.samples: list[list[float]] = []
@@ -88,7 +91,7 @@ class BenchCase:
                     return
 
     def _prepare(self, mode: str, name: str, inputs: Any) -> None:
-        model = self.models[name]
+        model = self.served[name] if mode == ONNXRUNTIME else self.models[name]
         run = model if mode in (EAGER, ONNXRUNTIME) else torch.compile(model, dynamic=False, mode=mode)
         once, resident = self.prepare[name](model, run, inputs)
         for _ in range(WARM_UP):

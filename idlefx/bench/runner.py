@@ -56,7 +56,8 @@ def bench(
         batches: Batch sizes.
         device: Where to; copies of the models are moved. By default they stay where they are.
         dtype: Number type of the copies and of the input; by default the models' own.
-        modes: "eager", and modes of `torch.compile(dynamic=False)`; every batch size is compiled anew.
+        modes: "eager", and modes of `torch.compile(dynamic=False)`; every batch size is compiled anew. None where
+            onnxruntime alone is timed.
         peers: Other models for the same inputs; not for training.
         training: Whether to time training steps.
         title: Heading of the table.
@@ -64,7 +65,7 @@ def bench(
         rounds: How many rounds to measure instead.
         progress: Whether to show a progress bar.
         each: Called with what was found so far after every batch size.
-        serve: Makes of each model what onnxruntime runs, which is timed instead of all modes.
+        serve: Makes of each model what onnxruntime runs, which is timed too, behind the modes.
 
     Raises:
         InputError: A batch size is not positive, there is none, a mode is unknown, the device or the number type
@@ -72,21 +73,21 @@ def bench(
     """
     if not batches or min(batches) < 1:
         raise InputError(f"bench: batch sizes must be positive, got {list(batches)}")
-    if not modes or not set(modes) <= set(MODES):
+    if not (modes or serve) or not set(modes) <= set(MODES):
         raise InputError(f"bench: modes are {', '.join(MODES)}; got {', '.join(modes) or 'none'}")
-    if serve is not None:
-        modes = [ONNXRUNTIME]
     if training and peers:
         raise InputError("bench: peers are for inference; leave them out or do not time training")
     found = Bench(title or type(dense).__name__, "", _gmacs(idle, peers), training=training)
-    with _ready(dense, idle, peers, device, dtype, training, serve) as models, torch.inference_mode(not training):
+    with _ready(dense, idle, peers, device, dtype, training) as models, torch.inference_mode(not training):
+        served = {} if serve is None else {name: serve(model) for name, model in models.items()}
+        modes = [*modes, *([ONNXRUNTIME] if served else [])]
         weight = next(models[DENSE].parameters())
         amp = dtype if training and dtype != torch.float32 else None
         prepare = _steps(amp, cut=_rests(idle)) if training else dict.fromkeys(models, _call)
         machine = machine_in_words(weight) + (f", autocast to {amp}" if amp else "")
         found = replace(found, machine=f"{machine}, onnxruntime {version('onnxruntime')}" if serve else machine)
         for batch in tqdm(batches, desc="bench", unit="batch", leave=False, disable=not progress):
-            case = BenchCase(models, prepare, partial(_resized, example, batch, weight), batch, weight.device)
+            case = BenchCase(models, served, prepare, partial(_resized, example, batch, weight), batch, weight.device)
             case.run(modes, seconds, rounds)
             found = replace(
                 found,
@@ -109,7 +110,6 @@ def _ready(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     training: bool,
-    serve: Callable[[nn.Module], nn.Module] | None,
 ) -> Iterator[dict[str, nn.Module]]:
     """The models where and as they are timed, copies if need be; the modes of the user's own come back."""
     target = next(dense.parameters()).device if device is None else present(device)
@@ -124,7 +124,7 @@ def _ready(
     for model in models.values():
         model.train(training)
     try:
-        yield models if serve is None else {name: serve(model) for name, model in models.items()}
+        yield models
     finally:
         for module, mode in modes.items():  # parents first; a converted model swaps its graph with its mode
             if isinstance(module, IdleModule):

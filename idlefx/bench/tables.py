@@ -46,7 +46,7 @@ def verdict(bench: Bench) -> str:
     words = [saying[kind] + "; ".join(cases) + "." for kind, cases in found.items() if cases]
     for name in bench.gmacs:
         words += [_best(bench, batch, name) for batch in _batches(bench) if name != DENSE and bench.best(batch, name)]
-    words += [_of_bound(t) for t in bench.timings if IDLE in t.ms and FIRST in t.ms]
+    words += [_of_bound(t, name) for t in bench.timings if FIRST in t.ms for name in t.ms if name not in (DENSE, FIRST)]
     words += [f"Skipped: {reason}." for reason in bench.skipped]
     words += ["Interrupted: the table holds what was measured until then."] if bench.interrupted else []
     return "\n".join(words)
@@ -100,11 +100,9 @@ def _best(bench: Bench, batch: int, name: str) -> str:
     )
 
 
-def _of_bound(timing: Timing) -> str:
-    reached = speed_up(timing.ms[FIRST], timing.ms[IDLE])
-    return (
-        f"{timing.mode}, batch {timing.batch}: idle reaches {reached:.1%} of the speed of first, which chooses nothing."
-    )
+def _of_bound(timing: Timing, name: str) -> str:
+    reached, case = speed_up(timing.ms[FIRST], timing.ms[name]), f"{timing.mode}, batch {timing.batch}"
+    return f"{case}: {name} reaches {reached:.1%} of the speed of first, which chooses nothing."
 
 
 def _batches(bench: Bench) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from idlefx.cli.exit_codes import REFUSED
 from idlefx.cli.onnx_sessions import OnnxSession
 from idlefx.deploy.onnx import check_libraries
 from idlefx.errors import IdleFxError, InputError
-from idlefx.options import PlanOptions
+from idlefx.options import IDLES, Idle, PlanOptions
 from idlefx.pipeline import convert, inspect
 from idlefx.records import BlockTable, Plan
 from idlefx.reporting.cost_report import report
@@ -59,8 +59,8 @@ class Campaign:
             check_chart(options.plot)
         if options.training and options.baseline:
             raise InputError("bench: peers are for inference; leave --baseline or --training out")
-        self.peers = open_baselines([entry for entry in options.baseline if entry != FIRST])
-        if options.runtime == ONNXRUNTIME:
+        self.peers = open_baselines([entry for entry in options.baseline if entry not in (FIRST, *IDLES)])
+        if ONNXRUNTIME in options.runtime:
             self._check_onnx()
         self.done: list[Bench] = []
         self.tables: list[BlockTimes] = []
@@ -68,7 +68,8 @@ class Campaign:
     def _check_onnx(self) -> None:
         check_libraries()
         other = {
-            "--training": self.options.training, "--eager": self.options.eager, "--table": self.options.table,
+            "--training": self.options.training, "--table": self.options.table,
+            "--eager": self.options.eager and "torch" not in self.options.runtime,
             "--device": self.device.type != "cpu", "--dtype": self.dtype != torch.float32,
             "--baseline tome": self.peers,
         }  # fmt: skip
@@ -114,7 +115,7 @@ class Campaign:
             numbers = {"layers": plan.layers, "keep": plan.keep if isinstance(plan.keep, tuple) else [plan.keep]}
             told = [f"{what} {' '.join(map(str, each))}" for what, each in numbers.items()]
             title = ", ".join([name, *told, *([] if plan.idle == "rest" else [plan.idle])])
-            found = self._bench(title, model, idle, example)
+            found = self._bench(title, model, idle, example, plan)
             self.done.append(found)
             print(render(found), end="\n\n", flush=True)
             if found.interrupted:
@@ -131,23 +132,30 @@ class Campaign:
         pairs = product(options.idle, options.keep)
         return [plan_options(options, layers=layers, keep=keep, idle=word) for word, keep in pairs]
 
-    def _bench(self, title: str, model: nn.Module, idle: IdleModule, example: Any) -> Bench:
+    def _bench(self, title: str, model: nn.Module, idle: IdleModule, example: Any, plan: PlanOptions) -> Bench:
         options, peers, refused = self.options, list[Baseline](), list[str]()
         makers = {
             name: partial(make_baseline, name, patch, model, example, report(idle).idle_gmacs)
             for name, patch in self.peers.items()
         }
+        kinds: tuple[Idle, ...] = get_args(Idle)
+        for kind in kinds:
+            if kind in options.baseline and kind != plan.idle:
+                makers[kind] = partial(_of_kind, kind, model, example, plan)
         if FIRST in options.baseline:
             makers[FIRST] = partial(first_tokens, idle)
         for make in makers.values():
             try:
                 peers.append(make())
-            except InputError as error:
+            except IdleFxError as error:
                 refused.append(str(error))
-        serve = None
-        if options.runtime == ONNXRUNTIME:  # the dense model is packaged as the other is
-            model = convert(model, [0], 1.0, example_inputs=example)
-            serve = partial(OnnxSession, batch=max(options.batch_size))
+
+        def serve(served: nn.Module) -> nn.Module:
+            if served is model:  # the dense model is packaged as the others are
+                served = convert(model, [0], 1.0, example_inputs=example)
+            return OnnxSession(served, batch=max(options.batch_size))
+
+        modes = [EAGER, *([] if options.eager else options.modes)] if "torch" in options.runtime else []
 
         def complete(found: Bench) -> Bench:
             return replace(found, skipped=(*refused, *found.skipped))
@@ -158,13 +166,13 @@ class Campaign:
             example,
             batches=options.batch_size,
             dtype=self.dtype if options.training else None,
-            modes=[EAGER] if options.eager else [EAGER, *options.modes],
+            modes=modes,
             peers=peers,
             training=options.training,
             title=title,
             seconds=options.seconds,
             each=lambda found: self._write([*self.done, complete(found)]),
-            serve=serve,
+            serve=serve if ONNXRUNTIME in options.runtime else None,
         )
         return complete(found)
 
@@ -183,6 +191,12 @@ class Campaign:
         with whole_file(options.table) as partial:
             partial.write_text(times_to_json(self.tables))
         print(f"block times at batch {batch}, {mode}, for {len(counts)} token counts: {options.table}\n", flush=True)
+
+
+def _of_kind(kind: Idle, model: nn.Module, example: Any, plan: PlanOptions) -> Baseline:
+    """The same plan with idle tokens of another kind."""
+    idle = convert(model, example_inputs=example, **told_to_convert(replace(plan, idle=kind)))
+    return Baseline(kind, idle, report(idle).idle_gmacs)
 
 
 def quarters(blocks: BlockTable) -> list[int]:

@@ -34,16 +34,18 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--eager", action="store_true", help="do not time compiled models")
     parser.add_argument(
         "--runtime",
+        nargs="+",
         choices=("torch", "onnxruntime"),
-        default="torch",
-        help="what runs the models; for onnxruntime, dense and idle are packaged alike as ONNX",
+        default=["torch"],
+        help="what runs the models, in one table; for onnxruntime, dense and idle are packaged alike as ONNX",
     )
     parser.add_argument("--training", action="store_true", help="time a training step instead, with the token cut loss")
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long to measure one pair in one mode")
     add_renamed(
         parser, "--baseline", "--peer",
         nargs="+", default=[], metavar="NAME",
-        help="time too: first, which works on the first tokens and chooses none; tome=PATH, a checkout of ToMe",
+        help="time too: first, which works on the first tokens and chooses none; rest or follow, the same plan "
+        "with the other kind of idle tokens; tome=PATH, a checkout of ToMe",
     )  # fmt: skip
     parser.add_argument("--table", metavar="FILE", help="write block times by token count, for `convert --times`")
     parser.add_argument("--plot", metavar="FILE", help="draw speed-up over GMAC ratio: a png, pdf or svg")
