@@ -137,8 +137,8 @@ class _PutInEager(_Put):
 def rows(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """The entries of each image along `dim`, the other of the first two dimensions being the batch."""
     if _copies_rows(x):
-        where = _rows_of(x, index, dim)
-        return x.flatten(0, 1).index_select(0, where.flatten()).unflatten(0, where.shape)
+        numbers = _rows_of(x, index, dim)
+        return x.flatten(0, 1).index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
     image = torch.arange(index.shape[0], device=index.device).unsqueeze(1)
     where = [image, index] if dim == 1 else [index.t(), image.t()]
     return torch.ops.aten._unsafe_index.Tensor(x, where)  # no check: it costs an assertion on a GPU
@@ -146,7 +146,7 @@ def rows(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 def _copies_rows(x: Tensor) -> bool:
     """Whether whole rows are copied: in eager mode on a CPU several times as fast; a compiler fuses the other form."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch._C._is_tracing() or type(x) is not Tensor
     return x.device.type == "cpu" and x.is_contiguous() and not traced
 
 
