@@ -27,6 +27,15 @@ class Comparison:
     excess: float
 
 
+def worse(a: Comparison, b: Comparison) -> Comparison:
+    """The larger error and excess of two comparisons; of what is no number, that."""
+    return Comparison(_larger(a.error, b.error), _larger(a.excess, b.excess))
+
+
+def _larger(a: float, b: float) -> float:
+    return b if b != b else max(a, b)
+
+
 @dataclass(frozen=True)
 class FollowingComparison:
     """A model whose tokens follow, beside the reference.

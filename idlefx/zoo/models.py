@@ -144,13 +144,13 @@ UNFUSED = (
     "vit_relpos_small_patch16_224 vit_relpos_base_patch16_cls_224"
 )
 NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, name, options, blocks, what is refused
-    ("vision_transformer_sam", "samvit_base_patch16_224", SAM, 4, "windows"),
-    ("vision_transformer_sam", "samvit_base_patch16", {**SAM, "num_classes": 0}, 4, "windows"),
-    ("swin_transformer", "swin_tiny_patch4_window7_224", SWIN, 3, "windows"),
+    ("vision_transformer_sam", "samvit_base_patch16_224", SAM, 4, ""),
+    ("vision_transformer_sam", "samvit_base_patch16", {**SAM, "num_classes": 0}, 4, ""),
+    ("swin_transformer", "swin_tiny_patch4_window7_224", SWIN, 3, ""),
     ("pvt_v2", "pvt_v2_b0", {}, 8, "grid of patches"),
     ("mvitv2", "mvitv2_tiny", {"img_size": 64}, 10, "grid of patches"),
     ("xcit", "xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, None, "over the token axis"),
-    ("hiera", "hiera_tiny_224", {"img_size": 64}, 12, "windows"),
+    ("hiera", "hiera_tiny_224", {"img_size": 64}, 12, "grid of patches"),
     ("convit", "convit_tiny", {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}, 3, "over the token axis"),
     ("levit", "levit_128s", {"img_size": 128}, 9, ""),
     ("mlp_mixer", "mixer_s32_224", {"img_size": 64}, 0, "no attention"),
@@ -222,7 +222,9 @@ FACE = {
     "image_size": 40, "patch_size": 8,
 }  # fmt: skip
 DENSE = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16] * 4}
-FACE_SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2]}
+FACE_SWIN = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4,
+}  # fmt: skip
 FACE_SAM = {"image_size": 64, "window_size": 3, "global_attn_indexes": [2], "output_channels": 16, "mlp_dim": 96}
 VIT_DET = {"image_size": 64, "pretrain_image_size": 64, "window_block_indices": [0], "window_size": 3}
 HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label, class, options, how the entry differs
@@ -259,9 +261,9 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("DPT backbone", "DPTModel", {"backbone_out_indices": [0, 1, 2, 2]}, {}),
     ("DPT depth", "DPTForDepthEstimation", {**DENSE, "fusion_hidden_size": 16}, {"blocks": 4}),
     ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, {}),
-    ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager", "refused": "windows"}),
-    ("SAM vision", "SamVisionModel", FACE_SAM, {"refused": "windows"}),
-    ("Swin", "SwinModel", {**FACE_SWIN, "window_size": 4}, {"blocks": 2, "refused": "windows"}),
+    ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager"}),
+    ("SAM vision", "SamVisionModel", FACE_SAM, {}),
+    ("Swin", "SwinModel", FACE_SWIN, {"blocks": 2}),
 )
 
 

@@ -24,6 +24,7 @@ from idlefx.zoo.comparisons import (
     compare_following,
     largest_difference,
     run,
+    worse,
 )
 from idlefx.zoo.models import Entry, Inputs, entries, images
 
@@ -100,6 +101,9 @@ def _check(entry: Entry, model: nn.Module, row: dict[str, Any]) -> Row:
     batches = [inputs_of(entry, model, BATCH if free else EXAMPLE_BATCH, seed=seed) for seed in range(1, 1 + TRIES)]
     keep_all = largest_difference(run(model, batches[0]), run(everything, batches[0]), relative=False)
     answer = compare(model, idle, table, batches[0])
+    if whole := [block.index for block in table if block.can_idle and block.windows]:  # tokens in them, or padded ones
+        windows = convert(model, whole, keeps[0], schedule="blocks", unit="windows", example_inputs=example)
+        answer = worse(answer, compare(model, windows, table, batches[0]))
     counts |= {"keep_all": keep_all, "resting": answer.error, "batch": "free" if free else f"only {EXAMPLE_BATCH}"}
     if failure := _value_failure(keep_all, answer):
         return Row(**counts, failure=failure)
