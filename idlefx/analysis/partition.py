@@ -9,8 +9,6 @@ from torch import Tensor
 
 NOBODY = -1  # stands at places that padding made
 
-Runs = tuple[tuple[int, int], ...]
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -79,15 +77,10 @@ class Windows:
         return self.partition.places.permute(self.order).reshape(self.count, self.size)
 
     @property
-    def runs(self) -> Runs:
-        """The same as runs (start, stop) of tokens that follow one another; (-n, 0) is n slots of padding."""
+    def runs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The same as runs of tokens that follow one another: where each begins, and its first token or `NOBODY`."""
         flat = self.tokens.flatten()
         padding = flat == NOBODY
-        follows = (flat[1:] == flat[:-1] + 1) & ~padding[1:] & ~padding[:-1] | padding[1:] & padding[:-1]
-        starts = [0, *((~follows).nonzero().flatten() + 1).tolist()]
-        stops = [*starts[1:], len(flat)]
-        first = flat[torch.tensor(starts)].tolist()
-        return tuple(
-            (start - stop, 0) if token == NOBODY else (token, token + stop - start)
-            for token, start, stop in zip(first, starts, stops, strict=True)
-        )
+        follows = (flat[1:] == flat[:-1] + 1) & ~padding[:-1] | padding[1:] & padding[:-1]
+        begins = [0, *((~follows).nonzero().flatten() + 1).tolist()]
+        return tuple(begins), tuple(flat[begins].tolist())

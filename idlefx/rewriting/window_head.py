@@ -64,7 +64,8 @@ class WindowHead(Head):
 
     @cached_property
     def _tables(self) -> fx.Node:
-        told = (self.windows.runs, self.windows.count, self.block.tokens)
+        shape = (self.windows.count, self.windows.size)
+        told = (*self.windows.runs, shape, self.block.tokens)
         return self.add(windows.tables, self.stream, *told, name="tables")
 
     @cached_property

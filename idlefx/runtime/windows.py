@@ -5,7 +5,6 @@ token, where the model pads, has the position N, one behind the last.
 """
 
 import math
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,28 +14,29 @@ from torch import Tensor
 from idlefx.runtime.gather_scatter import put_tokens, take_tokens
 from idlefx.runtime.grids import Dims, laid_out, tokens_first
 
-Runs = tuple[tuple[int, int], ...]
 
-
-def tables(like: Tensor, runs: Runs, count: int, tokens: int) -> tuple[Tensor, Tensor]:
+def tables(
+    like: Tensor, begins: tuple[int, ...], first: tuple[int, ...], shape: tuple[int, int], tokens: int
+) -> tuple[Tensor, Tensor]:
     """Which token stands in which slot.
 
     Args:
         like: A tensor on the device.
-        runs: Window by window, runs (start, stop) of tokens that follow one another; (-n, 0) is n slots of padding.
-        count: How many windows there are.
+        begins: The slots, counted through all windows, in which runs of tokens that follow one another begin.
+        first: The first token of each; -1 for a run of slots without tokens.
+        shape: How many windows there are, and how many slots each has.
         tokens: N, how many tokens.
 
     Returns:
         The token in each slot of each window (windows, slots), N where there is none; and of each token the slot
         (N,), counted through all windows.
     """
-    where = list(chain.from_iterable(range(a, b) if a >= 0 else [tokens] * -a for a, b in runs))
-    slots = [0] * (tokens + 1)
-    for slot, token in enumerate(where):
-        slots[token] = slot
-    there = torch.tensor(where, device=like.device).view(count, -1)
-    return there, torch.tensor(slots[:tokens], device=like.device)
+    starts, at = (torch.tensor(each, device=like.device) for each in (first, begins))
+    places = torch.arange(shape[0] * shape[1], device=like.device)
+    run = torch.zeros_like(places).scatter(0, at, 1).cumsum(0) - 1
+    where = torch.where(starts[run] < 0, tokens, starts[run] + places - at[run])
+    slots = torch.zeros(tokens + 1, dtype=places.dtype, device=like.device).scatter(0, where, places)
+    return where.view(shape), slots[:tokens]
 
 
 def window_scores(scores: Tensor, where: Tensor) -> Tensor:
