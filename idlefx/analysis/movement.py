@@ -91,11 +91,11 @@ def _moved(node: fx.Node, before: Layout) -> Layout:
     operand = node.args[0]
     args: Any
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: told if n is operand else number(n, batch))
-    if node.target in _PADS:
-        moved = torch.constant_pad_nd(told, list(args[1]), NOBODY)
-    else:
-        target: Any = _FREE.get(node.target, node.target)
-        moved = target(*args, **kwargs)
+    target: Any = _FREE.get(node.target, node.target)
+    try:
+        moved = torch.constant_pad_nd(told, list(args[1]), NOBODY) if node.target in _PADS else target(*args, **kwargs)
+    except RuntimeError:  # a size that was written down for another batch
+        refuse(node, "moves the tokens in a way that is not the same for every batch")
     return Reading(node, images, batch, token_count(sides), features).layout(moved)
 
 

@@ -78,7 +78,7 @@ class Reading:
     def _inner(self, image: Tensor, dim: int) -> int:
         """How many entries of the dimension that holds the batch follow one another with the same image."""
         seen = image.amax([d for d in range(image.ndim) if d != dim])
-        inner = int((seen == 1).nonzero()[0]) if bool((seen == 1).any()) else 1
+        inner = max(1, int((seen == 1).nonzero()[0])) if bool((seen == 1).any()) else 1
         regular = torch.equal(seen, torch.arange(len(seen)) // inner % self.batch)
         along = seen.view([-1 if d == dim else 1 for d in range(image.ndim)])
         if not regular or bool(((image != along) & (image != NOBODY)).any()):
