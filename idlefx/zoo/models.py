@@ -147,6 +147,13 @@ NOT_ALL: tuple[tuple[str, str, Options, int | None, str], ...] = (  # family, na
     ("vision_transformer_sam", "samvit_base_patch16_224", SAM, 4, ""),
     ("vision_transformer_sam", "samvit_base_patch16", {**SAM, "num_classes": 0}, 4, ""),
     ("swin_transformer", "swin_tiny_patch4_window7_224", SWIN, 3, ""),
+    ("swin_transformer", "swin_small_patch4_window7_224", {**SWIN, "window_size": 3}, 3, ""),
+    ("swin_transformer", "swin_s3_tiny_224", SWIN, 3, ""),
+    ("swin_transformer_v2", "swinv2_tiny_window8_256", SWIN, 3, ""),
+    ("swin_transformer_v2_cr", "swinv2_cr_tiny_224", SWIN, 3, "in another order"),
+    ("maxxvit", "maxvit_nano_rw_256", {"img_size": 64}, 14, ""),
+    ("maxxvit", "maxxvit_rmlp_nano_rw_256", {"img_size": 64}, 14, ""),
+    ("twins", "twins_svt_small", {"img_size": 64}, 18, "grid of patches"),
     ("pvt_v2", "pvt_v2_b0", {}, 8, "grid of patches"),
     ("mvitv2", "mvitv2_tiny", {"img_size": 64}, 10, "grid of patches"),
     ("xcit", "xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, None, "over the token axis"),
@@ -199,6 +206,19 @@ def _torchvision() -> nn.Module:
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(40, 8, DEPTH, 3, 48, 96, num_classes=7)
+
+
+def _torchvision_swin() -> nn.Module:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer([4, 4], 24, [2, 1], [2, 2], [4, 4], num_classes=7)
+
+
+def _torchvision_swin_v2() -> nn.Module:
+    from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+
+    options = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+    return SwinTransformer([4, 4], 24, [2, 1], [2, 2], [4, 4], num_classes=7, **options)
 
 
 def _patches(batch: int) -> Inputs:
@@ -264,6 +284,8 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager"}),
     ("SAM vision", "SamVisionModel", FACE_SAM, {}),
     ("Swin", "SwinModel", FACE_SWIN, {"blocks": 2}),
+    ("Swin v2", "Swinv2Model", FACE_SWIN, {"blocks": 2, "attention": "eager"}),
+    ("Donut Swin", "DonutSwinModel", FACE_SWIN, {"blocks": 2, "attention": "eager"}),
 )
 
 
@@ -299,5 +321,12 @@ QUICK = (
 
 def entries(*, quick: bool = False) -> list[Entry]:
     """All models of the table, or the few that stand for them."""
-    every = [*_timm_entries(), Entry("torchvision ViT", "torchvision", _torchvision), *_hugging_face_entries()]
+    small = partial(images, side=32)
+    swins = {"torchvision Swin": _torchvision_swin, "torchvision Swin v2": _torchvision_swin_v2}
+    every = [
+        *_timm_entries(),
+        Entry("torchvision ViT", "torchvision", _torchvision),
+        *(Entry(label, "torchvision", build, inputs=small) for label, build in swins.items()),
+        *_hugging_face_entries(),
+    ]
     return [entry for entry in every if not quick or entry.label in QUICK]
