@@ -35,6 +35,12 @@ from idlefx.utils.files import check_writable, whole_file
 
 Load = Callable[[argparse.Namespace, str], nn.Module]
 Example = Callable[[argparse.Namespace, nn.Module], Any]
+KINDS = {  # by what idle tokens do, and whether they are chosen or grouped anew: what the title says of it
+    ("rest", True): [],
+    ("rest", False): ["pruned"],
+    ("follow", True): ["follow"],
+    ("follow", False): ["follow, joined"],
+}
 
 
 class Campaign:
@@ -114,7 +120,7 @@ class Campaign:
             plans.append(idle.plan)
             numbers = {"layers": plan.layers, "keep": plan.keep if isinstance(plan.keep, tuple) else [plan.keep]}
             told = [f"{what} {' '.join(map(str, each))}" for what, each in numbers.items()]
-            title = ", ".join([name, *told, *([] if plan.idle == "rest" else [plan.idle])])
+            title = ", ".join([name, *told, *KINDS[plan.idle, plan.reselect]])
             found = self._bench(title, model, idle, example, plan)
             self.done.append(found)
             print(render(found), end="\n\n", flush=True)
