@@ -37,7 +37,8 @@ def test_follows_as_the_reference_does(kind):
     assert agrees(model, idle)
 
 
-@pytest.mark.parametrize("kind", ["first", pytest.param("relative", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["first", "relative"])
 def test_groups_join(kind):
     model = build(kind, 3)
     idle = idlefx.convert(model, **PLAN, reselect=False)
@@ -70,6 +71,7 @@ def test_keeping_all_is_the_model():
     assert torch.equal(idlefx.convert(model, **PLAN | {"keep": 1.0})(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_stage_ends_where_the_grid_changes():
     model = build("last", 4, whole=Pyramid)
     idle = idlefx.convert(model, **PLAN | {"layers": [0], "keep": 0.5})

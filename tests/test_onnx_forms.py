@@ -49,7 +49,15 @@ def test_forms_group_average_and_restore_the_same(prefix):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"reselect": False}, {"idle": "follow"}, {"selector": "mean"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"idle": "follow"},
+        *(pytest.param(o, marks=pytest.mark.slow) for o in ({"reselect": False}, {"selector": "mean"})),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["vit", pytest.param("registers_map", marks=pytest.mark.slow)])
 def test_program_in_these_forms_computes_the_same(name, options):
     program = make_program(idlefx.convert(build(name), [1, 2], 0.5, **options))

@@ -52,7 +52,10 @@ def test_nearly_free_score_chooses_like_plain_logits(name, model, spec, schedule
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["vit", "registers_gap", "qk_norm"])
+@pytest.mark.parametrize(
+    "family",
+    ["vit", pytest.param("registers_gap", marks=pytest.mark.slow), pytest.param("qk_norm", marks=pytest.mark.slow)],
+)
 def test_norm_keeps_the_loudest_tokens(family):
     model, case = build(family), Case((1, 2), 0.6, selector="norm")
     x = images(model, 3)
@@ -93,7 +96,9 @@ def test_random_does_not_disturb_the_users_random_numbers():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["vit", "siglip", "parallel_things", "hand_written"])
+@pytest.mark.parametrize(
+    "family", ["vit", "siglip", pytest.param("parallel_things", marks=pytest.mark.slow), "hand_written"]
+)
 def test_function_of_the_user_chooses(family):
     model, case = build(family), Case((0, 2), 0.7, selector="far_from_mean")
     x = images(model, 3)
@@ -119,7 +124,7 @@ def test_tie_goes_to_the_lower_position(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("selector", ["auto", "norm", "random", "far_from_mean"])
-@pytest.mark.parametrize("family", ["vit", "registers_gap"])
+@pytest.mark.parametrize("family", ["vit", pytest.param("registers_gap", marks=pytest.mark.slow)])
 def test_choice_does_not_depend_on_batch_neighbours(family, selector):
     case = Case(EVERY_BLOCK, 0.5, "blocks", selector)
     idle = converted(family, case)

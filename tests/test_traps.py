@@ -38,7 +38,7 @@ def quietly(model: nn.Module, example: Any) -> Any:
 
 
 @pytest.mark.parametrize("tokens_first", [False, thorough(True)], ids=["batch_first", "tokens_first"])
-@pytest.mark.parametrize("core", ["sdpa", "matmul", "einsum_bnhd", "baddbmm", "multihead"])
+@pytest.mark.parametrize("core", ["sdpa", "matmul", thorough("einsum_bnhd"), thorough("baddbmm"), "multihead"])
 def test_tokens_head_width_and_width_are_all_64(core, tokens_first):
     config = replace(SQUARE, core=core, tokens_first=tokens_first, bias="distances")
     assert (config.tokens, config.head_width, config.width, config.hidden) == (64, 64, 64, 64)
@@ -118,7 +118,7 @@ def test_batch_that_cannot_stay_free_is_announced():
     assert re.search(r"batch", str(idlefx.report(idle)))
 
 
-@pytest.mark.parametrize("form", ["two_cores", "branches", "nested"])
+@pytest.mark.parametrize("form", ["two_cores", thorough("branches"), "nested"])
 @pytest.mark.parametrize("head", ["class", thorough("mean")])
 def test_block_holds_two_attention_cores(head, form):
     config = Config(block=form, head=head)

@@ -114,6 +114,7 @@ def test_a_compiled_model_is_one_graph_for_all_batches(idle):
         assert torch.equal(fast(images), idle(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sides", "unit"), [((6, 9), "tokens"), ((5, 8), "windows")])
 def test_gradients_are_those_of_finite_differences(sides, unit):
     torch.manual_seed(0)

@@ -35,17 +35,17 @@ def model_of(kind, sides=WHOLE):
 
 
 CASES = [
-    pytest.param("shifted", WHOLE, "windows"),
+    pytest.param("shifted", WHOLE, "windows", marks=pytest.mark.slow),
     pytest.param("shifted", WHOLE, "tokens"),
     pytest.param("shifted", PADDED, "windows"),
-    pytest.param("sequence", WHOLE, "tokens"),
+    pytest.param("sequence", WHOLE, "tokens", marks=pytest.mark.slow),
     pytest.param("plain", WHOLE, "windows", marks=pytest.mark.slow),
     pytest.param("plain", WHOLE, "tokens", marks=pytest.mark.slow),
     pytest.param("plain", PADDED, "windows", marks=pytest.mark.slow),
     pytest.param("sequence", WHOLE, "windows", marks=pytest.mark.slow),
     pytest.param("sequence", PADDED, "windows", marks=pytest.mark.slow),
     pytest.param("pads first", WHOLE, "tokens", marks=pytest.mark.slow),
-    pytest.param("pads first", PADDED, "windows"),
+    pytest.param("pads first", PADDED, "windows", marks=pytest.mark.slow),
 ]
 
 
