@@ -49,6 +49,8 @@ def test_fewer_than_sixteen_windows_let_tokens_idle(idle):
     assert [(step.unit, step.kept, step.tokens) for step in idle.plan] == [("tokens", 24, 54), ("tokens", 18, 54)]
     assert "24 of 54: 4 of 9 in each window" in str(idle.plan)
     assert "54 in 6 x 9" in str(idle.plan.blocks)
+    report = str(idlefx.report(idle))
+    assert "wants fine-tuning" in report and "follow" not in report, "windows can only rest"
 
 
 def test_more_windows_idle_as_a_whole():

@@ -162,7 +162,9 @@ def _meanwhile(idle: IdleModule) -> str:
     if conversion.plan.idle == "follow":
         return conversion.plan.grouping
     if unchanged(idle, conversion.weights):
-        return "idle tokens rest, which wants fine-tuning (python -m idlefx.finetune); idle='follow' needs none"
+        may_follow = not any(conversion.blocks[step.block].rest_only for step in conversion.plan)
+        remedy = "; idle='follow' needs none" if may_follow else ""
+        return f"idle tokens rest, which wants fine-tuning (python -m idlefx.finetune){remedy}"
     return ""
 
 
