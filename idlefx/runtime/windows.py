@@ -5,6 +5,7 @@ token, where the model pads, has the position N, one behind the last.
 """
 
 import math
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -166,8 +167,8 @@ def read_places(
     for place, (what, _, long) in enumerate(factors):
         if long and what == ("window" if by_window else "slot"):
             table = _gathered(table, index, (*along, place))
-    sides = iter(table.shape)
-    return table.reshape([math.prod(next(sides) for _ in dim) for dim in dims])
+    ends = [*accumulate(len(dim) for dim in dims)]
+    return table.reshape([math.prod(table.shape[end - len(d) : end]) for d, end in zip(dims, ends, strict=True)])
 
 
 def _gathered(table: Tensor, index: Tensor, places: tuple[int, ...]) -> Tensor:
