@@ -79,7 +79,7 @@ def draw(results: list[Result], path: Path) -> None:
         right.set(xlabel="GMACs of the blocks", ylabel="IoU of saliency and thing", title=f"{size} pixels")
         for axes in (left, right):
             axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="center right")
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
