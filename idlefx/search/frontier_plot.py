@@ -64,7 +64,7 @@ def _worst(panels: Sequence[Axes], worst: WorstPicture) -> None:
     low, high = image.amin(), image.amax()
     shown = (image - low) / (high - low).clamp(min=1e-12)
     _show(panels[0], shown.permute(1, 2, 0) if len(shown) == 3 else shown.flatten(0, -3)[:1].squeeze(0))
-    panels[0].set_title(f"changed most: {said(worst.name)}", fontsize="small")
+    panels[0].set_title(f"changed most: {Path(said(worst.name)).name}", fontsize="small")
     both = (worst.dense.float(), worst.idle.float())
     titles = (f"dense: {worst.output}", f"idle: {worst.output}, cosine {worst.cosine:.4f}")
     for axes, output, title in zip(panels[1:], both, titles, strict=True):
