@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from idlefx.demo.cache import run_tool, sha256_of, working_folder
+from idlefx.demo.cache import FETCH, run_tool, sha256_of, working_folder
 from idlefx.errors import InputError
 
 DOCUMENTS = Path("usr/share/doc")  # where a package has its licence
@@ -41,6 +41,24 @@ def fetch_packages(packages: Sequence[str], about: str, path: Path, collect: Cal
             path.replace(folder / "damaged")
         folder.joinpath(path.name).replace(path)
     return path
+
+
+def check_kept(folder: Path, what: str, about: str) -> None:
+    """See whether what was kept is there.
+
+    Args:
+        folder: Where it is kept.
+        what: What it is, in words for the refusal, such as "the photographs are".
+        about: What is in it, for the refusal.
+
+    Raises:
+        InputError: It is not there, or damaged.
+    """
+    command = f"`{FETCH} {folder.name}`"
+    if not folder.is_dir():
+        raise InputError(f"fetch: {what} not in {folder}; {command} gets {about}")
+    if not is_whole(folder):
+        raise InputError(f"fetch: {folder} is damaged; delete it, and {command} gets it anew")
 
 
 def keep_hashes(folder: Path, names: Iterable[str]) -> None:

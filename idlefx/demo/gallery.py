@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from idlefx.demo.cache import FETCH, cache_folder
-from idlefx.demo.debian import DOCUMENTS, fetch_packages, is_whole, keep_hashes
+from idlefx.demo.cache import cache_folder
+from idlefx.demo.debian import DOCUMENTS, check_kept, fetch_packages, keep_hashes
 from idlefx.demo.qt_resources import resources
 from idlefx.errors import InputError
 
@@ -33,10 +33,7 @@ def kept_gallery() -> list[Path]:
         InputError: They are not there, or damaged.
     """
     folder = gallery_path()
-    if not folder.is_dir():
-        raise InputError(f"fetch: the gallery is not in {folder}; `{FETCH} gallery` gets {ABOUT}")
-    if not is_whole(folder):
-        raise InputError(f"fetch: {folder} is damaged; delete it, and `{FETCH} gallery` gets it anew")
+    check_kept(folder, "the gallery is", ABOUT)
     return sorted(folder.glob("*.webp"))
 
 

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from idlefx.demo.cache import FETCH, cache_folder
-from idlefx.demo.debian import DOCUMENTS, fetch_packages, is_whole, keep_hashes
+from idlefx.demo.cache import cache_folder
+from idlefx.demo.debian import DOCUMENTS, check_kept, fetch_packages, keep_hashes
 from idlefx.errors import InputError
 
 LICENCES = {  # as the packages' own files say, which are kept beside the pictures
@@ -55,10 +55,7 @@ def kept_photographs() -> Photographs:
         InputError: They are not there, or damaged.
     """
     folder = photographs_path()
-    if not folder.is_dir():
-        raise InputError(f"fetch: the photographs are not in {folder}; `{FETCH}` gets {ABOUT}")
-    if not is_whole(folder):
-        raise InputError(f"fetch: {folder} is damaged; delete it, and `{FETCH}` gets it anew")
+    check_kept(folder, "the photographs are", ABOUT)
     things = {kind: sorted(folder.joinpath("things", kind).iterdir()) for kind in KINDS}
     return Photographs(things, sorted(folder.joinpath("grounds").iterdir()))
 
