@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import idlefx
+from idlefx.errors import InputError
 from idlefx.runtime.selections import selections
 from tests.models.small import build
 from tests.models.windows import WIDTH, Block, Windowed, pictures
@@ -60,6 +61,19 @@ def test_more_windows_idle_as_a_whole():
     assert selections(idle, many)[0].shape == (2, 81)
     rounded = idlefx.convert(Windowed(Block(12, 12)), [0], 0.6, multiple_of=4, example_inputs=many)
     assert rounded.plan[0].kept == 12 * 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sides", [(6, 9), (5, 8)])
+def test_a_plan_is_found_by_multiply_adds_and_times_are_refused(sides):
+    torch.manual_seed(0)
+    model, images = Windowed(Block(*sides), Block(*sides, 1)), pictures(12, *sides)
+    asked = {"trials": 1, "idle": "rest", "example_inputs": images[:2], "progress": False}
+    plan = idlefx.plan(model, images, speedup=1.2, by="gmacs", **asked)
+    report = idlefx.report(idlefx.convert(model, plan=plan, example_inputs=images[:2]))
+    assert report.ratio >= 1.2 and plan.findings.chosen.gmacs == pytest.approx(report.idle_gmacs, rel=1e-3)
+    with pytest.raises(InputError, match=r"block 0 \(.*\) is over windows, and tables of times .* with by='gmacs'"):
+        idlefx.plan(model, images, speedup=1.2, **asked)
 
 
 def test_padded_windows_idle_as_a_whole():

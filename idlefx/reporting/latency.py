@@ -95,7 +95,17 @@ def times_to_json(tables: Iterable[BlockTimes]) -> str:
 
 
 def size_of(block: Block) -> tuple[int, int, int, int]:
-    """C, H, D, and the MLP width at which the block has its multiply-adds."""
+    """C, H, D, and the MLP width at which a block with attention over all tokens has its multiply-adds.
+
+    Raises:
+        InputError: The attention is over windows.
+    """
+    if block.windows:
+        raise InputError(
+            f"times: the attention of block {block.index} ({block.path or 'no path'}) is over windows, and tables of "
+            "times are of attention over all tokens; leave the table out, and plan by multiply-adds, with "
+            "by='gmacs' or --by gmacs"
+        )
     inner = block.heads * block.head_width
     rest = block.macs / max(1, block.tokens) - 2 * block.tokens * inner - 4 * block.width * inner
     return block.width, block.heads, block.head_width, max(1, round(rest / (2 * block.width)))
