@@ -31,7 +31,7 @@ REASONS = {
     "token_sum": r"cumsum.*(token|no rule)",
     "squeeze": r"amax.*token axis",
     "reduced_keys": r"(reshape|view|conv2d).*token",
-    "windows": r"(reshape|view).*token",
+    "overlapping": r"(reshape|view).*token",
     "written_buffer": r"mean.*over the batch",
     "autocast": r"switches autocast",
 }

@@ -11,7 +11,7 @@ from tests.models.generated.config import Config
 from tests.models.generated.habits import leave_attention
 from tests.models.generated.mlp import Mlp
 from tests.models.generated.norms import NORMS
-from tests.models.generated.unfit import ReducedKeys, Windows
+from tests.models.generated.unfit import Overlapping, ReducedKeys
 
 
 class Block(nn.Module):
@@ -21,7 +21,7 @@ class Block(nn.Module):
         super().__init__()
         self.config, c = config, config
         cores = 2 if c.block in ("branches", "two_cores", "nested") else 1
-        kind = {"reduced_keys": ReducedKeys, "windows": Windows}.get(unfit, Attention)
+        kind = {"reduced_keys": ReducedKeys, "overlapping": Overlapping}.get(unfit, Attention)
         self.attentions = nn.ModuleList(kind(config) for _ in range(cores))
         self.norms = nn.ModuleList(NORMS[c.norm](c.width) for _ in range(4))
         self.mlps = nn.ModuleList(Mlp(c, unfit) for _ in range(2 if c.block == "branches" else 1))

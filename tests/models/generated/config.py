@@ -40,7 +40,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "grid": ((4, 4), (3, 5), (2, 6)),
     "unfit": (
         "none", "depthwise", "token_mean", "token_norm", "token_mlp", "token_shift", "token_sum", "squeeze",
-        "reduced_keys", "windows", "written_buffer", "autocast",
+        "reduced_keys", "overlapping", "written_buffer", "autocast",
     ),
     "gradient": ("plain", "reversed", "reversed_in_blocks", "hooked", "module_hook"),
     "buffer": ("none", "in_place", "reassigned", "copied"),
@@ -178,7 +178,7 @@ class Config:
             c = replace(c, depth=2)
         elif c.block in ("attention_only", "parallel", "parallel_norms") and c.around in ("neck", "both"):
             c = c.reset("depth")  # behind one block that ends with its attention, a residual layer looks like its MLP
-        if c.unfit in ("windows", "reduced_keys"):
+        if c.unfit in ("overlapping", "reduced_keys"):
             c = replace(c, prefix=0).reset("core", "grid", "mask", "bias", "rotary", "groups", "positions")
             c = c.reset(inputs=("label_token", "valid"))
         if c.unfit != "none":

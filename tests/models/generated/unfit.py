@@ -31,8 +31,8 @@ class ReducedKeys(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, width))
 
 
-class Windows(nn.Module):
-    """Attention inside windows of the token grid."""
+class Overlapping(nn.Module):
+    """Attention inside windows of two rows that overlap, so that most tokens stand in two of them."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -40,11 +40,13 @@ class Windows(nn.Module):
         self.qkv, self.out = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, positions: Tensor | None, valid: Tensor | None) -> Tensor:
-        c, area = self.config, WINDOW**2
-        rows, columns = (side // WINDOW for side in c.grid)
+        c, (rows, columns) = self.config, self.config.grid
         batch, count, width = x.shape
-        windows = x.view(batch, rows, WINDOW, columns, WINDOW, width).transpose(2, 3).reshape(-1, area, width)
-        q, k, v = self.qkv(windows).view(-1, area, 3, c.heads, c.head_width).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        out = out.reshape(batch, rows, columns, WINDOW, WINDOW, width).transpose(2, 3).reshape(batch, count, width)
-        return self.out(out)
+        windows = x.view(batch, rows, columns, width).unfold(1, 2, 1).movedim(-1, 2)
+        windows = windows.reshape(-1, 2 * columns, width)
+        q, k, v = self.qkv(windows).view(-1, 2 * columns, 3, c.heads, c.head_width).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, rows - 1, 2, columns, width)
+        upper, lower = (
+            F.pad(part, (0, 0, 0, 0, *ends)) for part, ends in zip(out.unbind(2), ((0, 1), (1, 0)), strict=True)
+        )
+        return self.out((upper + lower).reshape(batch, count, width))
