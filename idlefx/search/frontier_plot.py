@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,6 +14,7 @@ from idlefx.search.worst_picture import WorstPicture
 from idlefx.utils.files import whole_file
 
 WIDTH, HEIGHT = 9.0, 6.4  # inches
+TITLE = 38  # letters that fit above the photograph
 
 
 def draw_findings(findings: Findings, worst: WorstPicture, path: str | Path) -> Path:
@@ -64,7 +66,7 @@ def _worst(panels: Sequence[Axes], worst: WorstPicture) -> None:
     low, high = image.amin(), image.amax()
     shown = (image - low) / (high - low).clamp(min=1e-12)
     _show(panels[0], shown.permute(1, 2, 0) if len(shown) == 3 else shown.flatten(0, -3)[:1].squeeze(0))
-    panels[0].set_title(f"changed most: {Path(said(worst.name)).name}", fontsize="small")
+    panels[0].set_title(fill(f"changed most: {Path(said(worst.name)).name}", TITLE), fontsize="small")
     both = (worst.dense.float(), worst.idle.float())
     titles = (f"dense: {worst.output}", f"idle: {worst.output}, cosine {worst.cosine:.4f}")
     for axes, output, title in zip(panels[1:], both, titles, strict=True):
