@@ -139,9 +139,9 @@ def photographs(size: int, folder: Path | None) -> tuple[Tensor, Tensor, Tensor]
     return images, *outputs(dense_model(size), images)
 
 
-def measure_photographs(size: int, folder: Path | None, model: Model) -> dict[str, Any]:
-    """How a model differs from the dense one on whole photographs."""
-    images, dense_features, dense_saliency = photographs(size, folder)
+def measure_photographs(size: int, folder: Path | None, model: Model, which: slice = slice(None)) -> dict[str, Any]:
+    """How a model differs from the dense one on whole photographs, or on some of them."""
+    images, dense_features, dense_saliency = (each[which] for each in photographs(size, folder))
     features, saliency = outputs(model.run, images)
     cosines = torch.cosine_similarity(features, dense_features)
     return {
