@@ -21,9 +21,9 @@ LABELLED: Mapping[str, Any] = {
 # does; in short runs on the real model vectors could take larger ones, and what comes before the first stage none.
 UNLABELLED: Mapping[str, Any] = {
     "epochs": 1, "min_lr": 0.0, "warmup": 1 / 3, "weight_decay": 0.0, "w_cut": 0.0, "ema": 0.0, "patience": 5,
-    "vector_lr": 20.0, "parameters": "stages",
+    "vector_lr": 40.0, "parameters": "stages",
 }  # fmt: skip
-UNLABELLED_LR = {"follow": 1e-6, "rest": 2e-5}  # what follows is near the teacher already, what rests is far
+UNLABELLED_LR = {"follow": 2e-6, "rest": 1e-5}  # what follows is near the teacher already, what rests is far
 UNLABELLED_BUDGET = 10.0  # minutes, where neither steps nor epochs nor a budget are named
 
 
