@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import idlefx
@@ -79,6 +80,23 @@ def test_compiled_model_that_is_off_is_refused(idle):
 def test_parity_notices_what_is_no_number(idle):
     with pytest.raises(idlefx.ParityError, match="differs from the eager one by nan"):
         check_parity(idle, lambda x: idle(x) * float("nan"), "other")
+
+
+class Swaying(nn.Module):
+    """A head that makes much of a rounding, as quantised activations do."""
+
+    def forward(self, x):
+        return torch.sin(3e4 * x)
+
+
+@torch.no_grad()
+def test_what_a_rounding_does_to_the_eager_model_too_is_no_fault(idle):
+    swaying = copy.deepcopy(idle)
+    swaying.head = nn.Sequential(swaying.head, Swaying())
+    error = check_parity(swaying, lambda x: swaying(x * (1 - 1e-7)), "other")
+    assert TOLERANCE[torch.float32] < error < 0.1
+    with pytest.raises(idlefx.ParityError, match=r"other model differs from the eager one by 0\.5"):
+        check_parity(swaying, lambda x: 0.5 * swaying(x), "other")
 
 
 def test_model_in_train_mode_is_not_run(idle):
