@@ -7,7 +7,7 @@ import torch
 
 import idlefx
 from idlefx.cli.main import main
-from idlefx.cli.onnx_sessions import OnnxSession
+from idlefx.cli.onnx_sessions import open_sessions
 from idlefx.deploy.onnx import _sort
 from idlefx.runtime import ops
 from tests.models.small import build, images
@@ -128,7 +128,7 @@ def test_session_is_called_like_its_model(idle):
     model = build("vit")
     converted = idlefx.convert(model, [1, 2], 0.5, idle=idle)
     x = images(model, 3)
-    (found,) = OnnxSession(converted, batch=3)(x)
+    (found,) = open_sessions(converted, ["onnxruntime"], batch=3)["onnxruntime"](x)
     assert torch.allclose(torch.from_numpy(found), converted(x), atol=1e-4)
 
 

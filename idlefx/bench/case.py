@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idlefx.bench.results import DENSE, EAGER, IDLE, ONNXRUNTIME, Timing
+from idlefx.bench.results import DENSE, EAGER, IDLE, OTHER_ENGINES, Timing
 from idlefx.bench.timer import WARM_UP, Run, lacks_memory, peak_mib, reclaim, release, time_in_turn
 from idlefx.errors import first_line
 
@@ -21,7 +21,7 @@ class BenchCase:
 
     Args:
         models: By name; "dense" and "idle" among them.
-        served: The same as onnxruntime runs them; empty if it is not timed.
+        served: The same as other engines run them, by model and mode; empty if none is timed.
         prepare: Makes of a model, its compiled form and inputs a call, and says what stays in memory between calls.
         inputs: Makes the batch.
         batch: Its size.
@@ -31,7 +31,7 @@ class BenchCase:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
-        served: Mapping[str, nn.Module],
+        served: Mapping[str, Mapping[str, nn.Module]],
         prepare: Mapping[str, Prepare],
         inputs: Callable[[], Any],
         batch: int,
@@ -91,12 +91,12 @@ class BenchCase:
                     return
 
     def _prepare(self, mode: str, name: str, inputs: Any) -> None:
-        model = self.served[name] if mode == ONNXRUNTIME else self.models[name]
-        run = model if mode in (EAGER, ONNXRUNTIME) else torch.compile(model, dynamic=False, mode=mode)
+        model = self.served[name][mode] if mode in OTHER_ENGINES else self.models[name]
+        run = model if mode in (EAGER, *OTHER_ENGINES) else torch.compile(model, dynamic=False, mode=mode)
         once, resident = self.prepare[name](model, run, inputs)
         for _ in range(WARM_UP):
             once()
-        hidden = mode == ONNXRUNTIME or (self.device.type == "cuda" and mode in REPLAYING)
+        hidden = mode in OTHER_ENGINES or (self.device.type == "cuda" and mode in REPLAYING)
         self.peaks[mode, name] = None if hidden else peak_mib(once, self.device, resident)
         self.runs[mode, name] = once
 
@@ -107,5 +107,5 @@ def _reason(error: Exception, mode: str, name: str) -> str:
         return "it does not fit in memory"
     if mode == EAGER and name in (DENSE, IDLE):
         raise error
-    what = "fails" if mode in (EAGER, ONNXRUNTIME) else "does not compile"
+    what = "fails" if mode in (EAGER, *OTHER_ENGINES) else "does not compile"
     return f"it {what}, {type(error).__name__}: {first_line(error)}"

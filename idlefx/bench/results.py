@@ -9,7 +9,8 @@ from typing import Any
 DENSE, IDLE, EAGER = "dense", "idle", "eager"
 FIRST = "first"  # the baseline that works on the first tokens, and whose time idling cannot beat
 MODES = (EAGER, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-ONNXRUNTIME = "onnxruntime"  # the mode of models that are packaged, and run by another engine than torch
+ONNXRUNTIME, ONNXRUNTIME_INT8 = "onnxruntime", "onnxruntime-int8"
+OTHER_ENGINES = (ONNXRUNTIME, ONNXRUNTIME_INT8)  # the modes of models that are packaged, and not run by torch
 CHANCE = 0.05  # how likely as many won rounds would be among equals, at most, for a difference to count as one
 
 
@@ -18,7 +19,7 @@ class Timing:
     """All models at one batch size in one mode.
 
     Attributes:
-        mode: `eager`, the mode of `torch.compile`, or `onnxruntime`.
+        mode: `eager`, the mode of `torch.compile`, or one of `OTHER_ENGINES`.
         batch: Images per call.
         ms: Milliseconds of each call, by model: `dense`, `idle`, and peers. Entry i of all of them, and of all modes
             of a batch size, comes from round i.

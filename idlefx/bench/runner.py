@@ -1,6 +1,6 @@
 """Time a dense model, its idling twin and peers side by side: calls, or training steps."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from idlefx.bench.baselines import Baseline
 from idlefx.bench.case import BenchCase, Prepare
-from idlefx.bench.results import DENSE, EAGER, IDLE, MODES, ONNXRUNTIME, Bench
+from idlefx.bench.results import DENSE, EAGER, IDLE, MODES, Bench
 from idlefx.bench.timer import Run
 from idlefx.bench.train_step import training_step
 from idlefx.capture.inputs import call
@@ -42,7 +42,7 @@ def bench(
     rounds: int | None = None,
     progress: bool = True,
     each: Callable[[Bench], None] | None = None,
-    serve: Callable[[nn.Module], nn.Module] | None = None,
+    serve: Callable[[nn.Module], Mapping[str, nn.Module]] | None = None,
 ) -> Bench:
     """Time the dense and the idling model, call by call in turn, in one warm process.
 
@@ -65,7 +65,7 @@ def bench(
         rounds: How many rounds to measure instead.
         progress: Whether to show a progress bar.
         each: Called with what was found so far after every batch size.
-        serve: Makes of each model what onnxruntime runs, which is timed too, behind the modes.
+        serve: Makes of each model what other engines run, by `OTHER_ENGINES`; they are timed too, behind the modes.
 
     Raises:
         InputError: A batch size is not positive, there is none, a mode is unknown, the device or the number type
@@ -80,7 +80,7 @@ def bench(
     found = Bench(title or type(dense).__name__, "", _gmacs(idle, peers), training=training)
     with _ready(dense, idle, peers, device, dtype, training) as models, torch.inference_mode(not training):
         served = {} if serve is None else {name: serve(model) for name, model in models.items()}
-        modes = [*modes, *([ONNXRUNTIME] if served else [])]
+        modes = [*modes, *served.get(DENSE, ())]
         weight = next(models[DENSE].parameters())
         amp = dtype if training and dtype != torch.float32 else None
         prepare = _steps(amp, cut=_rests(idle)) if training else dict.fromkeys(models, _call)

@@ -15,13 +15,13 @@ from idlefx.bench.baselines import Baseline, make_baseline, open_baselines
 from idlefx.bench.block_latency import measure_times, token_counts
 from idlefx.bench.first_tokens import first_tokens
 from idlefx.bench.plot import check_chart, plot
-from idlefx.bench.results import EAGER, FIRST, ONNXRUNTIME, Bench
+from idlefx.bench.results import EAGER, FIRST, OTHER_ENGINES, Bench
 from idlefx.bench.runner import bench
 from idlefx.bench.tables import render, summary, to_json
 from idlefx.bench.timer import lacks_memory
 from idlefx.cli.arguments import plan_options, told_to_convert
 from idlefx.cli.exit_codes import REFUSED
-from idlefx.cli.onnx_sessions import OnnxSession
+from idlefx.cli.onnx_sessions import OnnxSession, open_sessions
 from idlefx.deploy.onnx import check_libraries
 from idlefx.errors import IdleFxError, InputError
 from idlefx.options import IDLES, Idle, PlanOptions
@@ -66,7 +66,8 @@ class Campaign:
         if options.training and options.baseline:
             raise InputError("bench: peers are for inference; leave --baseline or --training out")
         self.peers = open_baselines([entry for entry in options.baseline if entry not in (FIRST, *IDLES)])
-        if ONNXRUNTIME in options.runtime:
+        self.engines = [engine for engine in OTHER_ENGINES if engine in options.runtime]
+        if self.engines:
             self._check_onnx()
         self.done: list[Bench] = []
         self.tables: list[BlockTimes] = []
@@ -156,10 +157,10 @@ class Campaign:
             except IdleFxError as error:
                 refused.append(str(error))
 
-        def serve(served: nn.Module) -> nn.Module:
+        def serve(served: nn.Module) -> dict[str, OnnxSession]:
             if served is model:  # the dense model is packaged as the others are
                 served = convert(model, [0], 1.0, example_inputs=example)
-            return OnnxSession(served, batch=max(options.batch_size))
+            return open_sessions(served, self.engines, max(options.batch_size))
 
         modes = [EAGER, *([] if options.eager else options.modes)] if "torch" in options.runtime else []
 
@@ -178,7 +179,7 @@ class Campaign:
             title=title,
             seconds=options.seconds,
             each=lambda found: self._write([*self.done, complete(found)]),
-            serve=serve if ONNXRUNTIME in options.runtime else None,
+            serve=serve if self.engines else None,
         )
         return complete(found)
 

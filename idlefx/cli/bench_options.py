@@ -1,6 +1,6 @@
 """The options of `python -m idlefx bench`; several models and ratios, unlike in other commands."""
 
-from idlefx.bench.results import MODES
+from idlefx.bench.results import MODES, OTHER_ENGINES
 from idlefx.cli.arguments import DTYPES, add_plan, add_weights
 from idlefx.cli.parser import NumberLists, Numbers, Parser, add_renamed
 
@@ -35,9 +35,10 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--runtime",
         nargs="+",
-        choices=("torch", "onnxruntime"),
+        choices=("torch", *OTHER_ENGINES),
         default=["torch"],
-        help="what runs the models, in one table; for onnxruntime, dense and idle are packaged alike as ONNX",
+        help="what runs the models, in one table; for onnxruntime, dense and idle are packaged alike as ONNX, and for "
+        "onnxruntime-int8 their products with weights are in int8",
     )
     parser.add_argument("--training", action="store_true", help="time a training step instead, with the token cut loss")
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long to measure one pair in one mode")

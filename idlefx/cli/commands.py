@@ -43,7 +43,7 @@ def convert(options: argparse.Namespace) -> None:
     """Print plan and report, check that keeping all tokens changes nothing, and write what is asked for."""
     asked, artifact = plan_options(options), _artifact_options(options)
     if options.package:
-        check_path(options.package)
+        check_path(options.package, options.int8)
     if options.emit:
         check_directory(options.emit)
     with whole_file(options.out) if options.out else nullcontext() as partial:
@@ -59,7 +59,7 @@ def convert(options: argparse.Namespace) -> None:
     if options.out:
         print(f"{options.out}: the model's own weights, which a conversion does not change; its header holds the plan")
     if options.package:
-        print(idlefx.package(idle, options.package, **artifact))
+        print(idlefx.package(idle, options.package, int8=options.int8, **artifact))
     if options.emit:
         print(idlefx.emit(idle, options.emit, model=options.model, **artifact))
 
@@ -118,12 +118,14 @@ def _artifact_options(options: argparse.Namespace) -> dict[str, Any]:
     """What is said of the artifact, as `package` takes it.
 
     Raises:
-        InputError: Something is, but no artifact is written.
+        InputError: Something is, but no such artifact is written.
     """
     told = {"--device": options.device, "--dtype": options.dtype, "--batch-size": options.batch_size}
     needless = [name for name, value in told.items() if value is not None]
     if needless and not (options.package or options.emit):
         raise InputError(f"convert: no artifact is written for {' and '.join(needless)}; add --package or --emit")
+    if options.int8 and not options.package:
+        raise InputError("convert: --int8 is of an ONNX file; add --package model.onnx")
     dtype = options.dtype and getattr(torch, options.dtype)
     values = {"device": options.device, "dtype": dtype, "batch": options.batch_size}
     return {name: value for name, value in values.items() if value is not None}

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--emit", metavar="DIR", help="write artifact, weights, plan, report and a fine-tuning script")
     convert.add_argument("--device", help="where the artifact is to run, if not where the model is")
     convert.add_argument("--dtype", choices=DTYPES, help="number type of the artifact, if not the model's")
+    convert.add_argument("--int8", action="store_true", help="multiply with weights in int8, in an .onnx file")
     add_renamed(
         convert, "--batch-size", "--batch", action=Numbers, metavar="IMAGES",
         help="fewest and most images of a call of the artifact; 1 1024 if not told",

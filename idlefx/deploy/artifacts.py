@@ -10,7 +10,8 @@ import torch
 from idlefx.deploy.inductor import build_artifact, open_artifact
 from idlefx.deploy.io_schema import fill, take
 from idlefx.deploy.manifest import check_manifest, manifest_of, metadata_of, name_of, plan_of, read_manifest
-from idlefx.deploy.onnx import check_libraries, verify_onnx, write_onnx
+from idlefx.deploy.onnx import check_libraries, run_onnx, verify_onnx, write_onnx
+from idlefx.deploy.onnx_int8 import quantise
 from idlefx.deploy.parity import check_parity
 from idlefx.deploy.program import Program, make_program
 from idlefx.errors import InputError
@@ -99,6 +100,7 @@ def package(
     dtype: torch.dtype | None = None,
     batch: tuple[int, int] = (1, 1024),
     verify: bool = True,
+    int8: bool = False,
 ) -> Path:
     """Write a converted model into one file, weights inside, that runs without Python or without its source.
 
@@ -109,6 +111,7 @@ def package(
         dtype: Its number type; the model's by default.
         batch: Fewest and most images of a call.
         verify: Whether to hold the result against the eager model once.
+        int8: Whether `….onnx` is to multiply with weights in int8, on the CPU; it is verified before it is quantised.
 
     Returns:
         The path.
@@ -119,25 +122,35 @@ def package(
         ArtifactError: The model cannot be compiled.
         ParityError: The compiled model does not compute what the eager one does.
     """
-    path = check_path(path)
+    path = check_path(path, int8)
     with whole_file(path) as partial:
         portable = make_program(idle, device, dtype, batch)
         write, check = WRITERS[path.suffix]
         write(portable, manifest_of(portable), partial)
         if verify:
             check(portable, partial)
+        if int8:
+            quantise(partial, partial)
+            if verify:
+                run_onnx(portable, partial)
     return path
 
 
-def check_path(path: str | Path) -> Path:
+def check_path(path: str | Path, int8: bool = False) -> Path:
     """See whether an artifact can be written there.
 
     Raises:
-        InputError: The name has no known ending, a library that it needs is missing, or no file can be made there.
+        InputError: The name has no known ending, or one of what has no int8; a library that it needs is missing; or no
+            file can be made there.
     """
     path = Path(path)
     if path.suffix not in WRITERS:
         raise InputError(f"package: {path} must end in .pt2, for AOTInductor, or in .onnx")
+    if int8 and path.suffix != ".onnx":
+        raise InputError(
+            f"package: int8 is of ONNX files, and {path} is none; quantise the converted model with torchao, then "
+            "package it"
+        )
     if path.suffix == ".onnx":
         check_libraries()
     check_writable(path)

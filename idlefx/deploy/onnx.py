@@ -81,6 +81,16 @@ def verify_onnx(portable: Program, path: Path) -> None:
         ArtifactError: onnxruntime does not run it.
         ParityError: It computes something else.
     """
+    results = run_onnx(portable, path)
+    check_parity(portable.module, lambda *_: results, "ONNX", (portable.tensors, {}))
+
+
+def run_onnx(portable: Program, path: Path) -> list[torch.Tensor]:
+    """What the file makes of the example inputs, as onnxruntime runs it on the CPU.
+
+    Raises:
+        ArtifactError: onnxruntime does not run it.
+    """
     import onnxruntime
 
     try:
@@ -92,5 +102,4 @@ def verify_onnx(portable: Program, path: Path) -> None:
             f"package: onnxruntime does not run the file: {first_line(error)}; "
             "idlefx.package(…, verify=False) writes it unchecked"
         ) from error
-    results = [torch.from_numpy(array).to(portable.tensors[0].device) for array in found]
-    check_parity(portable.module, lambda *_: results, "ONNX", (portable.tensors, {}))
+    return [torch.from_numpy(array).to(portable.tensors[0].device) for array in found]
