@@ -3,7 +3,7 @@
 import json
 import platform
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,14 @@ def manifest_of(portable: Program) -> dict[str, Any]:
 def metadata_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The manifest as strings: the whole as JSON, and in words of their own what a program without JSON needs."""
     words = {name: " ".join(map(str, manifest[name])) for name in ("batch", "image_size")}
+    words["inputs"] = "\n".join(f"{t['dtype']} {_plain(t['shape'])} {t['name']}" for t in manifest["inputs"])
     words |= {name: manifest[name] for name in ("device", "dtype")}
     return {KEY: json.dumps(manifest), **{f"{KEY}_{name}": word for name, word in words.items()}}
+
+
+def _plain(shape: Sequence[int | str]) -> str:
+    """A shape without spaces, such as batch,3,224,224."""
+    return ",".join(str(size).replace(" ", "") for size in shape) or "scalar"
 
 
 def name_of(dtype: torch.dtype) -> str:
