@@ -39,6 +39,21 @@ def test_what_was_converted_can_be_quantised(quantised):
 
 
 @torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("idle", ["rest", "follow"])
+def test_what_was_quantised_is_compiled_and_packaged(quantised, idle, tmp_path):
+    model = build("vit", depth=2)
+    x = images(model, 3)
+    plain = idlefx.convert(model, [1], 0.5, idle=idle)
+    in_int8 = quantised(copy.deepcopy(plain))
+    rounding = relative_error(in_int8(x), plain(x))
+    assert 1e-3 < rounding < 5e-2
+    path = idlefx.package(in_int8, tmp_path / "m.pt2", batch=(1, 4))
+    for form in (idlefx.compile(in_int8), idlefx.load(path)):
+        assert relative_error(form(x), in_int8(x)) <= 2 * rounding
+
+
+@torch.no_grad()
 def test_what_was_quantised_is_converted_or_refused_with_the_remedy(quantised, request):
     model = quantised(build("vit"))
     if "WeightOnly" in request.node.name:
