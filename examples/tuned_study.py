@@ -61,10 +61,10 @@ def table(results: list[Result]) -> str:
     body = []
     for method, level, steps in sorted({(r["method"], r["level"], r["steps"]) for r in results}):
         rows = [r for r in results if (r["method"], r["level"], r["steps"]) == (method, level, steps)]
-        best = ", ".join(str(r["best_step"]) for r in rows) if steps else ""
+        seeds, best = (len(rows), ", ".join(str(r["best_step"]) for r in rows)) if steps else ("", "")
         figures = (spread([r[name] for r in rows]) for name in FIGURES)
-        body.append((method, rows[0]["saving"], f"{rows[0]['gmacs']:.2f}", steps, best, *figures))
-    head = ["method", "how", "GMACs", "steps", "best after", *FIGURES]
+        body.append((method, rows[0]["saving"], f"{rows[0]['gmacs']:.2f}", steps, seeds, best, *figures))
+    head = ["method", "how", "GMACs", "steps", "seeds", "best after", *FIGURES]
     return tabulate(body, head, tablefmt="github", disable_numparse=True)
 
 
