@@ -119,7 +119,7 @@ def package(
     Raises:
         InputError: The path cannot be written, the device is absent, or an argument makes no sense; said before
             anything is compiled.
-        ArtifactError: The model cannot be compiled.
+        ArtifactError: The model cannot be compiled, or holds nothing that int8 is for.
         ParityError: The compiled model does not compute what the eager one does.
     """
     path = check_path(path, int8)
