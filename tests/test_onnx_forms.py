@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import idlefx
-from idlefx.deploy import onnx_order
+from idlefx.deploy import onnx_forms, onnx_order
 from idlefx.deploy.onnx_forms import FORMS, in_onnx_forms
 from idlefx.deploy.program import make_program
 from idlefx.runtime import following, gather_scatter, nearest, ops
@@ -95,5 +95,12 @@ def test_whoever_reads_the_stream_between_finds_tokens_in_their_places():
 
 
 def test_weights_of_query_and_key_are_multiplied_with_each_other():
-    module = in_onnx_forms(make_program(idlefx.convert(build("vit"), [1], 0.5)).module)
+    program = make_program(idlefx.convert(build("vit"), [1], 0.5)).module
+    module = in_onnx_forms(program)
     assert not nodes(module, ops.norm_linear)
+    products = nodes(module, onnx_forms._direction)
+    assert len(products) == 3 and not any(product.args[-1] for product in products), "in the file, not at each call"
+    width = program.get_parameter("blocks.1.attn.qkv.weight").shape[1]
+    made = [getattr(module, product.args[-3].target) for product in products]
+    assert {tuple(weight.shape) for weight in made} == {(width, width)}
+    assert not any(hasattr(program, product.args[-3].target) for product in products), "what was given stays as it is"

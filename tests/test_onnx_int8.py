@@ -13,7 +13,7 @@ import idlefx
 from examples import int8
 from idlefx.cli.main import main
 from idlefx.deploy.artifacts import check_path
-from idlefx.deploy.onnx_int8 import products_with_weights, quantise
+from idlefx.deploy.onnx_int8 import products_with_weights, quantise, turn_weights
 from tests.models.small import SMALL, build, images
 from tests.support.cases import relative_error
 
@@ -101,6 +101,17 @@ def test_only_products_of_what_varies_with_float32_weights_are_meant(tmp_path):
     onnx.save(onnx.helper.make_model(graph_of(torch.float32, "weight")), tmp_path / "whole.onnx")
     with pytest.raises(idlefx.InputError, match=r"cannot write into .*nowhere"):
         quantise(tmp_path / "whole.onnx", tmp_path / "nowhere" / "int8.onnx")
+
+
+def test_weights_that_are_transposed_are_turned():
+    graph = graph_of(torch.float32, "weight")
+    graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(torch.arange(16.0).view(4, 4).numpy(), "given"))
+    graph.node.insert(0, onnx.helper.make_node("Transpose", ["given"], ["weight"], "turn", perm=[1, 0]))
+    assert products_with_weights(graph) == []
+    turn_weights(graph)
+    assert products_with_weights(graph) == ["of x"] == [node.name for node in graph.node]
+    turned = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    assert (turned["weight"] == turned["given"].T).all()
 
 
 def test_int8_is_refused_where_it_is_not_had(tmp_path, capsys):

@@ -19,6 +19,7 @@ from torch.nn.functional import layer_norm, linear
 from idlefx.deploy import onnx_groups
 from idlefx.deploy.onnx_order import leave_in_order
 from idlefx.deploy.onnx_rows import parted, rows
+from idlefx.deploy.onnx_weights import multiplied
 from idlefx.graph.queries import argument, remove_dead, tensor_argument
 from idlefx.runtime import following, gather_scatter, ops
 
@@ -33,7 +34,9 @@ def in_onnx_forms(program: fx.GraphModule) -> fx.GraphModule:
     for node in graph.find_nodes(op="call_function", target=aten.matmul.default):
         if tensor_argument(node, 0).target is ops.norm_linear:
             query, keys = tensor_argument(node, 0), tensor_argument(node, 1)
-            node.target, node.args = _direction, (keys, _whole(query), *query.args[1:])
+            given: list[Any] = list(query.args[1:])
+            node.target = _direction
+            node.args = (_whole(query), *given[:-2], *multiplied(node, keys, *given[-2:]))
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         if _is_plain(node):
             query, key, value = (tensor_argument(node, place) for place in range(3))
@@ -71,7 +74,6 @@ def _is_plain(attention: fx.Node) -> bool:
 
 
 def _direction(
-    keys: Tensor,
     addends: list[Tensor],
     position: int,
     dim: int,
@@ -80,11 +82,14 @@ def _direction(
     epsilon: float,
     weight: Tensor,
     bias: Tensor | None,
+    keys: Tensor | None,
 ) -> Tensor:
-    """`ops.norm_linear` and the product with the weight of the keys, of which a runtime multiplies the weights once."""
+    """`ops.norm_linear` and the product with the weight of the keys, if the other weights do not hold it already."""
     x = reduce(add, (part.select(dim, position) for part in addends))
     token = layer_norm(x, x.shape[-1:], norm_weight, norm_bias, epsilon)
-    return linear(token, keys.t() @ weight, None if bias is None else bias @ keys)
+    if keys is not None:
+        weight, bias = keys.t() @ weight, None if bias is None else bias @ keys
+    return linear(token, weight, bias)
 
 
 def _score_tokens(tokens: Tensor, direction: Tensor) -> Tensor:

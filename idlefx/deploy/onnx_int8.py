@@ -30,6 +30,7 @@ def quantise(path: Path, target: Path) -> list[str]:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(path)
+    turn_weights(model.graph)
     names = products_with_weights(model.graph)
     if not names:
         raise ArtifactError(
@@ -48,6 +49,17 @@ def quantise(path: Path, target: Path) -> list[str]:
     finally:
         log.setLevel(before)
     return names
+
+
+def turn_weights(graph: Any) -> None:
+    """Put weights in the place of their transposes, which are left to the runtime where a large one is used twice."""
+    import onnx
+
+    weights = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
+        turned = onnx.numpy_helper.to_array(weights[node.input[0]]).T  # of two dimensions, there is one way
+        graph.initializer.append(onnx.numpy_helper.from_array(turned.copy(), node.output[0]))
+        graph.node.remove(node)
 
 
 def products_with_weights(graph: Any) -> list[str]:
