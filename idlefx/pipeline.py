@@ -24,6 +24,7 @@ from idlefx.passes import (
     idle_tokens,
     lower_spellings,
     normalize_attention,
+    return_stream,
     select_tokens,
     shorten_query,
 )  # fmt: skip
@@ -165,12 +166,48 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
             "train: the token cut loss is of attention over all tokens, and that of this model is over windows; train "
             "without it"
         )
-    evaluation = _with_cut_loss(idle, conversion.evaluation)
-    training = evaluation
-    if conversion.training is not conversion.evaluation:
-        training = _with_cut_loss(idle, conversion.training)
-    conversion = replace(conversion, evaluation=evaluation, training=training, loss=None)
-    return IdleModule(conversion, idle, idle).train(idle.training)
+    return _rewritten(idle, _with_cut_loss)
+
+
+def with_stream(idle: IdleModule) -> IdleModule:
+    """A converted model that returns the residual stream after its last block too; it shares the parameters.
+
+    Args:
+        idle: A converted model, compiled or not; it stays untouched. Move it to its device first.
+
+    Returns:
+        A module like `idle`, whose forward returns `(output, stream)`, the stream (B, N, C), or (B, H, W, C) on a grid.
+
+    Raises:
+        InputError: The tokens of the last block cannot be followed, so it is not known where they stand.
+    """
+    idle = converted(idle)
+    last = conversion_of(idle).blocks[-1]
+    if not last.tokens:
+        raise InputError(
+            f"train: the stream after the last block ({last.path or 'no path'}) cannot be had, as it is not known "
+            f"where its tokens stand: {last.refusal}; train without it"
+        )
+    return _rewritten(idle, _with_stream)
+
+
+def with_keep(idle: IdleModule, keep: float | Sequence[float]) -> IdleModule:
+    """A converted model with other keep ratios; it shares the parameters.
+
+    Args:
+        idle: A converted model, compiled or not; it stays untouched. Move it to its device first.
+        keep: As for `convert`; what else was asked for stays.
+
+    Raises:
+        PlanError: The ratios do not fit the plan.
+    """
+    idle = converted(idle)
+    options = replace(conversion_of(idle).options, keep=keep)
+
+    def form_with_keep(idle: IdleModule, form: Form) -> Form:
+        return _form_again(idle, copied(idle, form.source), make_plan(form.plan.blocks, options))
+
+    return _rewritten(idle, form_with_keep, options=options)
 
 
 def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Sequence[int] | None = None) -> BlockTable:
@@ -257,10 +294,31 @@ def _form(captured: fx.GraphModule, plan: Plan, rewritten: fx.GraphModule) -> Fo
     return Form(source, plan, deepcopy(captured.graph) if rewritten is captured else rewritten.graph)
 
 
+def _rewritten(idle: IdleModule, rewrite_form: Callable[[IdleModule, Form], Form], **changes: Any) -> IdleModule:
+    """A module like `idle` that shares its state and does something else in each mode."""
+    conversion = conversion_of(idle)
+    evaluation = training = rewrite_form(idle, conversion.evaluation)
+    if conversion.training is not conversion.evaluation:
+        training = rewrite_form(idle, conversion.training)
+    conversion = replace(conversion, evaluation=evaluation, training=training, loss=None, **changes)
+    return IdleModule(conversion, idle, idle).train(idle.training)
+
+
 def _with_cut_loss(idle: IdleModule, form: Form) -> Form:
     rewritten = _run(REST_WITH_LOSS, spell(idle, form.source), form.plan)
     call_layers(rewritten.graph, conversion_of(idle).called)
     return replace(form, graph=rewritten.graph)
+
+
+def _with_stream(idle: IdleModule, form: Form) -> Form:
+    """The form with another source, so that keep ratios may change and a cut loss be added later."""
+    return _form_again(idle, _run((return_stream,), spell(idle, form.source), form.plan), form.plan)
+
+
+def _form_again(idle: IdleModule, source: fx.GraphModule, plan: Plan) -> Form:
+    form = _form(source, plan, rewrite(spell(source), plan, source))
+    call_layers(form.graph, conversion_of(idle).called)
+    return form
 
 
 def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -271,7 +329,7 @@ def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.Graph
     try:
         for step in passes:
             module = _apply(step, module, plan)
-            if step is add_cut_loss:  # the one pass that promises more than it found
+            if step in (add_cut_loss, return_stream):  # which promise more than they found
                 promise = replace(promise, outputs=(*promise.outputs, *promise_of(module).outputs[-1:]))
             verify(module, promise, step.__name__)
     finally:

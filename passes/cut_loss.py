@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen
-from torch.utils._pytree import treespec_leaf, treespec_tuple
 
 from idlefx.analysis.attention import Core
 from idlefx.analysis.blocks import open_blocks
 from idlefx.analysis.image_input import image_input
-from idlefx.graph.build import add_call
+from idlefx.graph.build import add_call, return_too
 from idlefx.graph.notes import only_made_for
 from idlefx.graph.queries import output_of
 from idlefx.records import Plan
@@ -74,18 +72,11 @@ def _joined(head: Head, parts: list[fx.Node]) -> fx.Node:
 
 
 def _return_too(graph: fx.Graph, found: list[fx.Node]) -> None:
-    output, codegen = output_of(graph), graph._codegen
     like: Any = found[-1] if found else image_input(graph)
-    with graph.inserting_before(output):
+    with graph.inserting_before(output_of(graph)):
         if found:
             blocks = add_call(graph, aten.stack.default, found, name="cut_losses", like=like)
             loss = add_call(graph, aten.mean.default, blocks, name="cut_loss", like=like)
         else:
             loss = add_call(graph, aten.new_zeros.default, like, [], name="cut_loss", like=like)
-    if isinstance(codegen, _PyTreeCodeGen):
-        info = codegen.pytree_info
-        assert info.out_spec is not None
-        codegen.pytree_info = info._replace(out_spec=treespec_tuple([info.out_spec, treespec_leaf()]))
-        output.args = ((*output.args[0], loss),)  # type: ignore[misc]
-    else:
-        output.args = ((output.args[0], loss),)
+    return_too(graph, loss)

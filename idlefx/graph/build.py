@@ -3,10 +3,13 @@
 from typing import Any
 
 from torch import fx
+from torch.fx.graph import _PyTreeCodeGen
 from torch.fx.node import Target
+from torch.utils._pytree import treespec_leaf, treespec_tuple
 
 from idlefx.graph import inference
 from idlefx.graph.notes import KEY, Note
+from idlefx.graph.queries import output_of
 
 _OWN = ("val", "tensor_meta", inference.KEY, KEY)  # what the origin of a node does not tell of it
 
@@ -40,3 +43,15 @@ def add_call(
         node.meta[KEY] = note
     inference.record(node)
     return node
+
+
+def return_too(graph: fx.Graph, node: fx.Node) -> None:
+    """Let a graph return `(what it returned, node)`."""
+    output, codegen = output_of(graph), graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        info = codegen.pytree_info
+        assert info.out_spec is not None
+        codegen.pytree_info = info._replace(out_spec=treespec_tuple([info.out_spec, treespec_leaf()]))
+        output.args = ((*output.args[0], node),)  # type: ignore[misc]
+    else:
+        output.args = ((output.args[0], node),)

@@ -83,6 +83,9 @@ class Settings:
     weight: Mapping[str, float] = field(
         default_factory=dict, metadata={"help": "how much an output counts, NAME=NUMBER; without labels, else 1"}
     )
+    stream: bool = _option(
+        False, "compare the tokens after the last block too, as an output named stream; without labels"
+    )
     mixup: float = _option(0.8, "strength of mixup; 0: none; with labels")
     cutmix: float = _option(1.0, "strength of cutmix; 0: none; with labels")
     smoothing: float = _option(0.1, "label smoothing")

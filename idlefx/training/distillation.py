@@ -1,6 +1,7 @@
 """The objective without labels: every output of the converted model shall be what the dense model's is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from idlefx.capture.inputs import call
 from idlefx.errors import InputError
-from idlefx.pipeline import with_cut_loss
+from idlefx.pipeline import with_cut_loss, with_stream
 from idlefx.reporting.comparison.image_batches import ImageBatch
 from idlefx.reporting.comparison.model_calls import placed
 from idlefx.reporting.comparison.record import OutputChange
@@ -19,6 +20,7 @@ from idlefx.training.config import Settings
 from idlefx.training.gain import Gain
 from idlefx.training.given_batches import Batches
 from idlefx.training.output_distances import IDLE, OutputDistances
+from idlefx.training.streams import dense_with_stream
 
 
 class Distillation:
@@ -35,20 +37,27 @@ class Distillation:
         gain: What is found on the held-out images.
 
     Raises:
-        InputError: There is no held-out image; no output can be compared; or the settings name one that is not there.
+        InputError: There is no held-out image; no output can be compared; the settings name one that is not there; or
+            they ask for the stream after the last block, which cannot be had.
     """
 
     leaves_out = True
 
     def __init__(self, dense: nn.Module, idle: IdleModule, val: Batches, settings: Settings, gain: Gain) -> None:
-        self.dense, self.idle, self.val, self.settings, self.gain = dense, idle, val, settings, gain
-        self.teacher: Any = dense
-        self.cuts = bool(settings.w_cut) and conversion_of(idle).plan.idle == "rest"
-        self.student: nn.Module = with_cut_loss(idle) if self.cuts else idle
+        self.idle, self.val, self.settings, self.gain = idle, val, settings, gain
         first = next(iter(val.epoch()), None)
         if first is None:
             raise InputError("data: there are no held-out images; give more pictures, or hold out a larger share")
-        self.outputs = OutputDistances(dense, idle, first, settings.distance, settings.weight)
+        self.cuts = bool(settings.w_cut) and conversion_of(idle).plan.idle == "rest"
+        # Of a model what is compared: itself, or one of the same parameters that returns its stream too.
+        self.compared: Callable[[IdleModule], IdleModule] = cache(with_stream) if settings.stream else _as_it_is
+        student = self.compared(idle)
+        self.student: nn.Module = with_cut_loss(student) if self.cuts else student
+        self.dense = dense_with_stream(dense, idle, first) if settings.stream else dense
+        self.teacher: Any = self.dense
+        self.outputs = OutputDistances(
+            self.dense, student, first, settings.distance, settings.weight, stream=settings.stream
+        )
         names = list(self.outputs.kinds)
         self.losses = ("loss", *names, *(["cut"] if self.cuts else []))
         self.measures = ("distance", "distance_error", *(f"held-out {name}" for name in names))
@@ -90,9 +99,9 @@ class Distillation:
         weights, images = self.outputs.weights().values(), zip(*values.values(), strict=True)
         return [sum(weight * value for weight, value in zip(weights, each, strict=True)) for each in images]
 
-    def _looked_at(self, model: IdleModule) -> tuple[dict[str, list[float]], dict[str, OutputChange]]:
+    def _looked_at(self, looked_at: IdleModule) -> tuple[dict[str, list[float]], dict[str, OutputChange]]:
         """The distances of each output, image by image, and how they compare; over all processes."""
-        world, tally = self.val.world, self.outputs.tally()
+        world, tally, model = self.val.world, self.outputs.tally(), self.compared(looked_at)
         hidden = None if world.leads else True
         values: dict[str, list[float]] = {name: [] for name in self.outputs.kinds}
         for batch in tqdm(self.val.epoch(), "evaluate", leave=False, delay=3, disable=hidden):
@@ -114,3 +123,7 @@ class Distillation:
         """Go on from a state."""
         self.gain.restore(state)
         self.outputs.divide_by(self.gain.distances)
+
+
+def _as_it_is(model: IdleModule) -> IdleModule:
+    return model

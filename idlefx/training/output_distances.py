@@ -17,6 +17,7 @@ from idlefx.reporting.comparison.record import OutputChange
 from idlefx.reporting.comparison.tally import Tally
 from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.training.distances import DISTANCES, distance_for
+from idlefx.training.streams import STREAM, named_with_stream
 
 SAME = 1e-4  # relative difference up to which an output is the dense model's, and has nothing to learn
 IDLE = "idle"
@@ -31,6 +32,7 @@ class OutputDistances:
         first: Images, by which the outputs are known.
         distance: Of outputs that are named here the distance, instead of the one that suits its shape.
         weight: How much outputs count that are named here; the others count 1.
+        stream: Whether both models return the stream after the last block beside their outputs (`with_stream`).
 
     Attributes:
         kinds: Of each output that is compared, its distance.
@@ -47,13 +49,16 @@ class OutputDistances:
         first: ImageBatch,
         distance: Mapping[str, str],
         weight: Mapping[str, float],
+        *,
+        stream: bool = False,
     ) -> None:
         self.dense, self.idle, self.weight = dense, idle, dict(weight)
+        self.named = named_with_stream if stream else named_outputs
         self.classes = class_counts(dense, conversion_of(idle).facts)
         tally = self.tally()
         with torch.no_grad(), speaking_of_finetuning():
-            outputs = outputs_of(dense, first, "the dense model")
-            tally.add(IDLE, outputs, outputs_of(idle, first, "the converted model"), first.names)
+            outputs = outputs_of(dense, first, "the dense model", self.named)
+            tally.add(IDLE, outputs, outputs_of(idle, first, "the converted model", self.named), first.names)
         blocks = conversion_of(idle).blocks
         counts = {count for block in blocks for count in (block.tokens, block.image_tokens)}
         self.kinds, self.left_out = dict[str, str](), dict.fromkeys(tally.left_out, "it has no entry for each image")
@@ -62,6 +67,8 @@ class OutputDistances:
                 self.left_out[name] = "it holds whole numbers or truth values"
             else:
                 suits = distance_for(difference.shape, logits=difference.logits, token_counts=counts)
+                if stream and name == STREAM:  # which may stand on a grid
+                    suits = "cosine"
                 self.kinds[name] = distance.get(name, suits)
         for name in (*distance, *weight):
             if name not in self.kinds:
@@ -74,9 +81,13 @@ class OutputDistances:
         self.scales = dict.fromkeys(self.kinds, 1.0)
 
     def __str__(self) -> str:
-        compared = ", ".join(f"`{name}` by {kind}" for name, kind in self.kinds.items())
+        compared = ", ".join(f"{self._told(name)} by {kind}" for name, kind in self.kinds.items())
         told = f"without labels: outputs shall be those of the dense model: {compared}"
         return told + "".join(f"\nleft out is `{name}`: {why}" for name, why in self.left_out.items())
+
+    def _told(self, name: str) -> str:
+        last = " (after the last block, token by token)" if self.named is named_with_stream and name == STREAM else ""
+        return f"`{name}`{last}"
 
     def tally(self) -> Tally:
         """An empty one, for the outputs of these models."""
@@ -104,8 +115,8 @@ class OutputDistances:
             InputError: The outputs have other names than before.
         """
         with torch.no_grad():
-            dense = named_outputs(call(teacher or self.dense, placed(inputs, self.dense)))
-        student = named_outputs(output)
+            dense = self.named(call(teacher or self.dense, placed(inputs, self.dense)))
+        student = self.named(output)
         if student.keys() != dense.keys() or not self.kinds.keys() <= dense.keys():
             raise InputError(
                 f"finetune: for a batch the dense model returned {', '.join(dense)}, the converted one "
@@ -136,8 +147,8 @@ class OutputDistances:
             InputError: A model fails, or its outputs are not alike, or hold what is no finite number.
         """
         with speaking_of_finetuning():
-            dense = outputs_of(self.dense, batch, "the dense model")
-            other = outputs_of(model, batch, "the converted model")
+            dense = outputs_of(self.dense, batch, "the dense model", self.named)
+            other = outputs_of(model, batch, "the converted model", self.named)
             tally.add(IDLE, dense, other, batch.names)
         tally.images += len(batch.names)
         return {

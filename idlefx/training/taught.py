@@ -6,10 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from idlefx.errors import InputError
+from idlefx.pipeline import with_stream
 from idlefx.reporting.comparison.image_batches import ImageBatches
 from idlefx.reporting.comparison.model_calls import evaluating
 from idlefx.runtime.module import IdleModule, conversion_of, converted
 from idlefx.training.output_distances import IDLE, OutputDistances
+from idlefx.training.streams import dense_with_stream
 
 
 class Taught(nn.Module):
@@ -26,6 +28,8 @@ class Taught(nn.Module):
         limit: The most images to look at in the beginning.
         distance: "cosine", "squared" or "kl" for outputs that are named here.
         weight: How much outputs count that are named here.
+        stream: Whether the tokens after the last block are compared too, as an output named `stream`. What is trained
+            then is `taught.idle`, which shares the parameters of `idle`; move both models to their device before.
 
     Raises:
         InputError: There are no images, the outputs cannot be compared, or are the dense model's already.
@@ -40,16 +44,20 @@ class Taught(nn.Module):
         limit: int = 32,
         distance: Mapping[str, str] | None = None,
         weight: Mapping[str, float] | None = None,
+        stream: bool = False,
     ) -> None:
         super().__init__()
-        self.idle = converted(idle)
-        self._teacher = (dense,)  # in a tuple, where a module does not look for modules
+        self.idle = with_stream(idle) if stream else converted(idle)
+        self.stream = stream
         batches = ImageBatches(images, conversion_of(idle).facts, limit, limit)
         with evaluating([dense, self.idle]):
             first = next(iter(batches), None)
             if first is None:
                 raise InputError("finetune: there are no images to begin with")
-            self.outputs = OutputDistances(dense, self.idle, first, distance or {}, weight or {})
+            if stream:
+                dense = dense_with_stream(dense, idle, first)
+            self._teacher = (dense,)  # in a tuple, where a module does not look for modules
+            self.outputs = OutputDistances(dense, self.idle, first, distance or {}, weight or {}, stream=stream)
             tally = self.outputs.tally()
             values = self.outputs.of_images(self.idle, first, tally)
         self.outputs.divide_by(self.outputs.before(values, tally.comparison().changes[IDLE]))
@@ -69,4 +77,4 @@ class Taught(nn.Module):
         with evaluating([dense]):
             distances = self.outputs.of_batch(output, inputs or args)
         loss: Tensor = self.outputs.together(distances)
-        return {"loss": loss, "output": output}
+        return {"loss": loss, "output": output[0] if self.stream else output}

@@ -1,6 +1,6 @@
 """Call a model on a batch of images: in eval mode, where it is and in its number type, and hold what it returns."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,8 +32,16 @@ def evaluating(models: Iterable[Any]) -> Iterator[None]:
                 part.train(training)  # a converted model has a graph for each mode
 
 
-def outputs_of(model: Model, batch: ImageBatch, who: str) -> dict[str, Tensor]:
+def outputs_of(
+    model: Model, batch: ImageBatch, who: str, named: Callable[[Any], Mapping[str, Tensor]] = named_outputs
+) -> dict[str, Tensor]:
     """What a model returns for a batch: its tensors by name, as `numbers` makes them.
+
+    Args:
+        model: The model.
+        batch: Images.
+        who: What the model is called in a refusal.
+        named: What gives the tensors of an output their names.
 
     Raises:
         InputError: It fails, or returns no tensor, or something that is no finite number.
@@ -48,7 +56,7 @@ def outputs_of(model: Model, batch: ImageBatch, who: str) -> dict[str, Tensor]:
             f"compare: {who} fails on images of shape {shapes}: {type(error).__name__}: {first_line(error)}; give what "
             "it takes, images of its size and normalised, and no more of them at once (batch_size) than fit in memory"
         ) from error
-    tensors = {name: numbers(tensor) for name, tensor in named_outputs(output).items()}
+    tensors = {name: numbers(tensor) for name, tensor in named(output).items()}
     if not tensors:
         raise InputError(
             f"compare: {who} returns a {type(output).__name__} without tensors; wrap it so that it returns some"
