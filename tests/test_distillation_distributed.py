@@ -27,7 +27,7 @@ def arguments(root, out, processes):
     return [
         "--model", MODEL, "--layers", "1", "--keep", "0.4", "--data", str(root / "data"), "--steps", str(STEPS),
         "--lr", "1e-3", "--batch-size", str(BATCH // processes), "--workers", "0", "--looks", "2", "--val-share", "0.3",
-        "--device", "cpu", "--out", str(root / out),
+        "--device", "cpu", "--out", str(root / out), *(root / "more.txt").read_text().split(),
     ]  # fmt: skip
 
 
@@ -71,10 +71,11 @@ def rows(directory):
         return [{**row, "images_per_s": ""} for row in csv.DictReader(file)]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
+@pytest.fixture(scope="module", params=["", "--keep-from 0.9 --stream"], ids=["plain", "keep lowered, stream"])
+def root(request, tmp_path_factory):
     """Where the data lies and the runs go."""
     root = tmp_path_factory.mktemp("pair")
+    (root / "more.txt").write_text(request.param)
     (root / "data").mkdir()
     for number in range(60):
         picture(number, number).save(root / "data" / f"{number}.png")

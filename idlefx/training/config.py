@@ -83,6 +83,10 @@ class Settings:
     weight: Mapping[str, float] = field(
         default_factory=dict, metadata={"help": "how much an output counts, NAME=NUMBER; without labels, else 1"}
     )
+    keep_from: float = _option(
+        0.0, "keep ratio from which those of the plan are come to in steps, over the first third of the run; 0: they "
+        "are taken at once; without labels",
+    )  # fmt: skip
     stream: bool = _option(
         False, "compare the tokens after the last block too, as an output named stream; without labels"
     )
@@ -107,8 +111,8 @@ class Settings:
             ("min_lr", 0, None), ("warmup", 0, 1), ("state_warmup", 0, 1), ("weight_decay", 0, None),
             ("vector_lr", 0, None), ("layer_decay", 0, 1), ("clip", 0, None), ("w_cut", 0, None), ("cut_warmup", 0, 1),
             ("w_kd", 0, None), ("w_feat", 0, None), ("mixup", 0, None), ("cutmix", 0, None), ("smoothing", 0, 1),
-            ("ema", 0, 1), ("looks", 1, None), ("patience", 0, None), ("checkpoint_minutes", 0, None),
-            ("seed", 0, None),
+            ("ema", 0, 1), ("keep_from", 0, 1), ("looks", 1, None), ("patience", 0, None),
+            ("checkpoint_minutes", 0, None), ("seed", 0, None),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (value >= least and (most is None or value <= most)):

@@ -19,6 +19,7 @@ from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.training.config import Settings
 from idlefx.training.gain import Gain
 from idlefx.training.given_batches import Batches
+from idlefx.training.lowering import Lowering
 from idlefx.training.output_distances import IDLE, OutputDistances
 from idlefx.training.streams import dense_with_stream
 
@@ -52,7 +53,9 @@ class Distillation:
         # Of a model what is compared: itself, or one of the same parameters that returns its stream too.
         self.compared: Callable[[IdleModule], IdleModule] = cache(with_stream) if settings.stream else _as_it_is
         student = self.compared(idle)
-        self.student: nn.Module = with_cut_loss(student) if self.cuts else student
+        prepared = with_cut_loss if self.cuts else _as_it_is
+        self.student: nn.Module = prepared(student)
+        self.lowering = Lowering(student, settings.keep_from, prepared) if settings.keep_from else None
         self.dense = dense_with_stream(dense, idle, first) if settings.stream else dense
         self.teacher: Any = self.dense
         self.outputs = OutputDistances(
@@ -63,7 +66,12 @@ class Distillation:
         self.measures = ("distance", "distance_error", *(f"held-out {name}" for name in names))
 
     def __str__(self) -> str:
-        return str(self.outputs)
+        return "\n".join(map(str, filter(None, (self.outputs, self.lowering))))
+
+    def student_of(self, step: int, steps: int) -> nn.Module:
+        """The student, or one with higher keep ratios as long as these fall."""
+        lowered = self.lowering.student(step, steps) if self.lowering else None
+        return self.student if lowered is None else lowered
 
     def parts(self, model: nn.Module, batch: ImageBatch, step: int, steps: int) -> list[Tensor]:
         """What is minimised, the distance of each output, and the token cut loss if it counts."""

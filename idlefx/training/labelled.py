@@ -63,6 +63,11 @@ class Labelled:
         self.taught = bool(settings.w_kd or settings.w_feat)
         self.compares_features = bool(settings.w_feat) and has_features(student) and has_features(teacher)
 
+    def student_of(self, step: int, steps: int) -> nn.Module:
+        """The student, in every step."""
+        del step, steps
+        return self.student
+
     def parts(self, model: nn.Module, batch: Batch, step: int, steps: int) -> list[Tensor]:
         """The weighted sum of all losses, and each of them, in the order of `LOSSES`."""
         settings, (images, labels) = self.settings, batch

@@ -25,6 +25,14 @@ class Objective(Protocol[Batch]):
     def student(self) -> nn.Module:
         """What is run in the place of the converted model, with its parameters."""
 
+    def student_of(self, step: int, steps: int) -> nn.Module:
+        """What is run in this step: the student, or one of the same parameters in which fewer tokens idle.
+
+        Args:
+            step: From 0.
+            steps: Of the whole run.
+        """
+
     @property
     def leaves_out(self) -> bool:
         """Whether the losses may leave trained parameters without a gradient."""

@@ -69,12 +69,19 @@ class Trainer:
         self.ema = ModelEmaV3(idle, decay=settings.ema, use_warmup=True) if settings.ema else None
         self.averaged: IdleModule = self.ema.module if self.ema else idle
         self.best: dict[str, Tensor] | None = None
-        self.model: Any = student
-        if world.size > 1:
-            self.model = DistributedDataParallel(student, find_unused_parameters=objective.leaves_out)
+        self.running: nn.Module | None = None
+        self.model: Any = None
         if settings.compile:
-            self.model = torch.compile(self.model)  # the student itself, which may be `idle`, stays as it is
             objective.compile()
+
+    def _run(self, student: nn.Module) -> None:
+        """Make ready what is run from now on; what is made of it shares its parameters."""
+        self.model = None  # two wrappers would both wait for the gradients of the same parameters
+        self.running = self.model = student
+        if self.world.size > 1:
+            self.model = DistributedDataParallel(student, find_unused_parameters=self.objective.leaves_out)
+        if self.settings.compile:
+            self.model = torch.compile(self.model)  # the student itself, which may be `idle`, stays as it is
 
     def update(self, batches: Sequence[Any]) -> dict[str, float]:
         """Make one step.
@@ -91,6 +98,9 @@ class Trainer:
         """
         if not batches:
             raise InputError("data: the stream ended before it gave as many images as it said it had")
+        student = self.objective.student_of(self.step, self.steps)
+        if student is not self.running:
+            self._run(student)
         self.schedule.step_update(self.step)
         if self.step < int(self.settings.state_warmup * self.steps):
             for group in self.optimizer.param_groups:
