@@ -37,7 +37,7 @@ def cosine(dense, idle):
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
 def test_an_example_is_short(file):
-    assert len(EXAMPLES) == 3 and len(file.read_text().splitlines()) < 60
+    assert len(EXAMPLES) == 4 and len(file.read_text().splitlines()) < 60
 
 
 @pytest.mark.parametrize("idle", ["rest", "follow"])
@@ -73,6 +73,24 @@ def test_in_a_loop_like_that_of_timm():
     assert cosine(dense, student) > before
     ours, theirs = student.state_dict(), averaged.state_dict()
     assert ours.keys() == theirs.keys() and not ours["norm.weight"].equal(theirs["norm.weight"])
+
+
+@pytest.mark.parametrize("idle", ["rest", "follow"])
+def test_adapters_of_low_rank_are_trained_alone_and_merged(idle):
+    pytest.importorskip("peft")
+    from examples.tune_with_lora import layers_to_adapt, tune
+
+    dense, student = pair(idle)
+    before, names = {name: value.clone() for name, value in student.state_dict().items()}, [*student.state_dict()]
+    chosen = layers_to_adapt(student)
+    assert {"blocks.1.attn.proj", "blocks.2.mlp.fc1"} <= set(chosen) and "blocks.1.attn.qkv" not in chosen
+    gain = tune(dense, student, IMAGES[:32].split(16), IMAGES[32:].split(16), steps=40, lr=3e-3)
+    assert gain.gained and [*student.state_dict()] == names
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    changed = {name for name, value in student.state_dict().items() if not value.equal(before[name])}
+    assert changed == {f"{path}.weight" for path in chosen}
+    found = idlefx.compare(dense, student, IMAGES[32:], progress=False).changes["idle"]["output"]
+    assert found.relative_difference == pytest.approx(gain.tuned["output"].relative_difference, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from idlefx.records import BlockTable, ModelFacts, Plan
 from idlefx.runtime.answers import Answers
 from idlefx.runtime.call_checks import CallChecks
 from idlefx.runtime.labels import Loss
+from idlefx.runtime.swaps import read_weight
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,16 @@ class Conversion:
     def graphs(self) -> tuple[fx.Graph, ...]:
         """All graphs that the model may run."""
         return self.evaluation.graph, self.training.graph
+
+    @property
+    def free_layers(self) -> tuple[str, ...]:
+        """Paths of the layers that are only called, so that they may be adapted, sharded, hooked or replaced.
+
+        Of the other layers the weights are read too, such as to score tokens.
+        """
+        reads = [node for graph in self.graphs for node in graph.find_nodes(op="call_function", target=read_weight)]
+        read = {node.args[2] for node in reads}
+        return tuple(path for path in self.called if path not in read)
 
     def check_gradients(self) -> None:
         """Refuse to train where gradients would not be the model's.
