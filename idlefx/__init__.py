@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from idlefx.deploy.bundle import emit
     from idlefx.deploy.inductor import compile
     from idlefx.options import PlanOptions
-    from idlefx.pipeline import convert, inspect, with_cut_loss
+    from idlefx.pipeline import convert, inspect
     from idlefx.planning.model_plan import read_plan
     from idlefx.planning.selectors import selector
     from idlefx.records import Block, BlockTable, Plan, Step
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from idlefx.runtime.conversion import Conversion
     from idlefx.runtime.module import IdleModule
     from idlefx.search.plan import plan
+    from idlefx.variants import with_cut_loss
 
 __version__: str
 __all__ = [
@@ -48,7 +49,7 @@ _HOMES = {
     "deploy.bundle": ("emit",),
     "deploy.inductor": ("compile",),
     "options": ("PlanOptions",),
-    "pipeline": ("convert", "inspect", "with_cut_loss"),
+    "pipeline": ("convert", "inspect"),
     "planning.model_plan": ("read_plan",),
     "planning.selectors": ("selector",),
     "records": ("Block", "BlockTable", "Plan", "Step"),
@@ -59,6 +60,7 @@ _HOMES = {
     "runtime.conversion": ("Conversion",),
     "runtime.module": ("IdleModule",),
     "search.plan": ("plan",),
+    "variants": ("with_cut_loss",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = ("data", "finetune", "models", "passes")

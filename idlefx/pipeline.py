@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from idlefx.analysis.blocks import find_blocks
 from idlefx.capture.export import Captured, capture
-from idlefx.errors import IdleFxError, InputError, PassError, PlanError
+from idlefx.errors import IdleFxError, PassError, PlanError
 from idlefx.graph import inference
 from idlefx.graph.state import adopt, attributes, wrapper_kind
 from idlefx.options import AUTO, Idle, PlanOptions, Schedule, Unit
@@ -37,7 +37,7 @@ from idlefx.runtime.answers import answers_of
 from idlefx.runtime.call_checks import checks_of
 from idlefx.runtime.conversion import Conversion, Form
 from idlefx.runtime.layers import call_layers, find_layers, put_layers
-from idlefx.runtime.module import IdleModule, conversion_of, converted
+from idlefx.runtime.module import IdleModule
 
 Pass = Callable[[fx.GraphModule, Plan], fx.GraphModule]
 
@@ -45,6 +45,7 @@ SPELL: tuple[Pass, ...] = (lower_spellings, normalize_attention)
 REST: tuple[Pass, ...] = (select_tokens, idle_tokens, shorten_query)
 FOLLOW: tuple[Pass, ...] = (form_groups, follow_workers, shorten_query)
 REST_WITH_LOSS: tuple[Pass, ...] = (select_tokens, add_cut_loss, idle_tokens, shorten_query)
+STREAM: tuple[Pass, ...] = (return_stream,)
 
 
 def convert(
@@ -134,82 +135,6 @@ def convert(
     return IdleModule(conversion, captured.eval_graph, captured.train_graph).train(captured.training)
 
 
-def with_cut_loss(idle: IdleModule) -> IdleModule:
-    """A converted model that returns its token cut loss too, for training; it shares the parameters.
-
-    The loss looks at queries and keys of all tokens, which an idling block no longer has. So it is not added to the
-    graph of `idle`: the graph that was captured, which `idle` remembers, is rewritten anew by the same plan.
-
-    Args:
-        idle: A converted model, compiled or not; it stays untouched. Move it to its device first.
-
-    Returns:
-        A module like `idle`, whose forward returns `(output, cut_loss)`; the loss is a scalar, averaged over the
-        idling blocks. What trains it trains `idle`.
-
-    Raises:
-        InputError: The model's gradients are not those of the original, or its idle tokens follow.
-
-    Source:
-        IdleViT, arXiv:2310.05654; `idlefx.runtime.cut_loss.token_cut` states the formula.
-    """
-    idle = converted(idle)
-    conversion = conversion_of(idle)
-    conversion.check_gradients()
-    if conversion.plan.idle != "rest":
-        raise InputError(
-            "train: the token cut loss is for tokens that rest, and those of this model follow; train without it, or "
-            "convert with idle='rest'"
-        )
-    if any(step.unit and step.idles for step in conversion.plan):
-        raise InputError(
-            "train: the token cut loss is of attention over all tokens, and that of this model is over windows; train "
-            "without it"
-        )
-    return _rewritten(idle, _with_cut_loss)
-
-
-def with_stream(idle: IdleModule) -> IdleModule:
-    """A converted model that returns the residual stream after its last block too; it shares the parameters.
-
-    Args:
-        idle: A converted model, compiled or not; it stays untouched. Move it to its device first.
-
-    Returns:
-        A module like `idle`, whose forward returns `(output, stream)`, the stream (B, N, C), or (B, H, W, C) on a grid.
-
-    Raises:
-        InputError: The tokens of the last block cannot be followed, so it is not known where they stand.
-    """
-    idle = converted(idle)
-    last = conversion_of(idle).blocks[-1]
-    if not last.tokens:
-        raise InputError(
-            f"train: the stream after the last block ({last.path or 'no path'}) cannot be had, as it is not known "
-            f"where its tokens stand: {last.refusal}; train without it"
-        )
-    return _rewritten(idle, _with_stream)
-
-
-def with_keep(idle: IdleModule, keep: float | Sequence[float]) -> IdleModule:
-    """A converted model with other keep ratios; it shares the parameters.
-
-    Args:
-        idle: A converted model, compiled or not; it stays untouched. Move it to its device first.
-        keep: As for `convert`; what else was asked for stays.
-
-    Raises:
-        PlanError: The ratios do not fit the plan.
-    """
-    idle = converted(idle)
-    options = replace(conversion_of(idle).options, keep=keep)
-
-    def form_with_keep(idle: IdleModule, form: Form) -> Form:
-        return _form_again(idle, copied(idle, form.source), make_plan(form.plan.blocks, options))
-
-    return _rewritten(idle, form_with_keep, options=options)
-
-
 def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Sequence[int] | None = None) -> BlockTable:
     """The blocks of a model: where they are, what they hold, whether they can idle and if not why.
 
@@ -226,7 +151,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, prefix: int | Seque
 
 def spell(module: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule:
     """A copy in which everything is spelled in the ways that the analysis knows; of another graph if one is given."""
-    return _run(SPELL, copied(module, graph), Plan((), BlockTable(())))
+    return run_passes(SPELL, copied(module, graph), Plan((), BlockTable(())))
 
 
 def copied(module: fx.GraphModule, graph: fx.Graph | None = None) -> fx.GraphModule:
@@ -246,7 +171,7 @@ def rewrite(spelled: fx.GraphModule, plan: Plan, original: fx.GraphModule) -> fx
         PassError: A pass broke a promise; the message names it.
     """
     passes = FOLLOW if plan.idle == "follow" else REST
-    return _run(passes, spelled, plan) if any(step.idles for step in plan) else original
+    return run_passes(passes, spelled, plan) if any(step.idles for step in plan) else original
 
 
 def _carry_out(options: PlanOptions, captured: fx.GraphModule) -> Form:
@@ -265,7 +190,7 @@ def _carry_out(options: PlanOptions, captured: fx.GraphModule) -> Form:
                 "converted model"
             ) from refusal
         raise
-    return _form(captured, plan, rewrite(spelled, plan, captured))
+    return form_of(captured, plan, rewrite(spelled, plan, captured))
 
 
 def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) -> Form:
@@ -285,43 +210,16 @@ def _for_training(captured: Captured, evaluation: Form, options: PlanOptions) ->
         )
         return evaluation
     plan = replace(plan, blocks=blocks)
-    return _form(captured.train_graph, plan, rewrite(spelled, plan, captured.train_graph))
+    return form_of(captured.train_graph, plan, rewrite(spelled, plan, captured.train_graph))
 
 
-def _form(captured: fx.GraphModule, plan: Plan, rewritten: fx.GraphModule) -> Form:
+def form_of(captured: fx.GraphModule, plan: Plan, rewritten: fx.GraphModule) -> Form:
     """What was captured stays as it is: layers are called in a copy."""
     source = deepcopy(captured.graph)
     return Form(source, plan, deepcopy(captured.graph) if rewritten is captured else rewritten.graph)
 
 
-def _rewritten(idle: IdleModule, rewrite_form: Callable[[IdleModule, Form], Form], **changes: Any) -> IdleModule:
-    """A module like `idle` that shares its state and does something else in each mode."""
-    conversion = conversion_of(idle)
-    evaluation = training = rewrite_form(idle, conversion.evaluation)
-    if conversion.training is not conversion.evaluation:
-        training = rewrite_form(idle, conversion.training)
-    conversion = replace(conversion, evaluation=evaluation, training=training, loss=None, **changes)
-    return IdleModule(conversion, idle, idle).train(idle.training)
-
-
-def _with_cut_loss(idle: IdleModule, form: Form) -> Form:
-    rewritten = _run(REST_WITH_LOSS, spell(idle, form.source), form.plan)
-    call_layers(rewritten.graph, conversion_of(idle).called)
-    return replace(form, graph=rewritten.graph)
-
-
-def _with_stream(idle: IdleModule, form: Form) -> Form:
-    """The form with another source, so that keep ratios may change and a cut loss be added later."""
-    return _form_again(idle, _run((return_stream,), spell(idle, form.source), form.plan), form.plan)
-
-
-def _form_again(idle: IdleModule, source: fx.GraphModule, plan: Plan) -> Form:
-    form = _form(source, plan, rewrite(spell(source), plan, source))
-    call_layers(form.graph, conversion_of(idle).called)
-    return form
-
-
-def _run(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
+def run_passes(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     """Run passes one by one; each is held to the promises of the graph, and to the values of the nodes it changed."""
     promise = promise_of(module)
     for node in module.graph.nodes:

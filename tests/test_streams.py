@@ -9,8 +9,8 @@ import torch
 import idlefx
 from idlefx.finetune import Taught
 from idlefx.options import PlanOptions
-from idlefx.pipeline import with_keep, with_stream
 from idlefx.training.loop import finetune
+from idlefx.variants import with_keep, with_stream
 from tests.models import grids, small
 from tests.models.colours import vit
 from tests.support.messages import refusal, says

@@ -20,10 +20,10 @@ from idlefx.bench.timer import Run
 from idlefx.bench.train_step import training_step
 from idlefx.capture.inputs import call
 from idlefx.errors import InputError
-from idlefx.pipeline import with_cut_loss
 from idlefx.reporting.cost_report import report
 from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.utils.devices import check_dtype, machine_in_words, present
+from idlefx.variants import with_cut_loss
 
 
 def bench(

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from idlefx.capture.inputs import call
 from idlefx.errors import InputError
-from idlefx.pipeline import with_cut_loss, with_stream
 from idlefx.reporting.comparison.image_batches import ImageBatch
 from idlefx.reporting.comparison.model_calls import placed
 from idlefx.reporting.comparison.record import OutputChange
@@ -22,6 +21,7 @@ from idlefx.training.given_batches import Batches
 from idlefx.training.lowering import Lowering
 from idlefx.training.output_distances import IDLE, OutputDistances
 from idlefx.training.streams import dense_with_stream
+from idlefx.variants import with_cut_loss, with_stream
 
 
 class Distillation:

@@ -9,7 +9,7 @@ from torch import nn
 
 from idlefx.capture.export import capture
 from idlefx.errors import InputError
-from idlefx.pipeline import spell, with_cut_loss
+from idlefx.pipeline import spell
 from idlefx.reporting.comparison.model_calls import evaluating
 from idlefx.runtime.module import IdleModule, conversion_of
 from idlefx.training import checkpoints
@@ -25,6 +25,7 @@ from idlefx.training.length import Length, affordable_length, planned_length
 from idlefx.training.loader import ImageLoader
 from idlefx.training.run import Run
 from idlefx.training.trainer import Trainer
+from idlefx.variants import with_cut_loss
 
 
 def finetune(

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from idlefx.errors import InputError
-from idlefx.pipeline import with_keep
 from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.variants import with_keep
 
 SHARE = 1 / 3  # of the run, over which they fall
 LEVELS = 4  # ratios on the way, in equal steps

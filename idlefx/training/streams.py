@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from idlefx.errors import InputError
-from idlefx.pipeline import convert, with_stream
+from idlefx.pipeline import convert
 from idlefx.reporting.comparison.image_batches import ImageBatch
 from idlefx.reporting.comparison.model_calls import placed
 from idlefx.reporting.comparison.named_outputs import named_outputs
 from idlefx.runtime.module import IdleModule, conversion_of
+from idlefx.variants import with_stream
 
 STREAM = "stream"  # the name that it has among the outputs
 

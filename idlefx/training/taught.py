@@ -6,12 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from idlefx.errors import InputError
-from idlefx.pipeline import with_stream
 from idlefx.reporting.comparison.image_batches import ImageBatches
 from idlefx.reporting.comparison.model_calls import evaluating
 from idlefx.runtime.module import IdleModule, conversion_of, converted
 from idlefx.training.output_distances import IDLE, OutputDistances
 from idlefx.training.streams import dense_with_stream
+from idlefx.variants import with_stream
 
 
 class Taught(nn.Module):
