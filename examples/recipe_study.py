@@ -42,7 +42,6 @@ RECIPES: dict[str, dict[str, Any]] = {  # what is different from the defaults; "
     "norms and biases alone": {"parameters": "norms"},
     "feature by squares": {"distance": {"feature": "squared"}},
     "token cut loss": {"w_cut": 1.0},
-    "stream after the last block": {"stream": True},
     "keep lowered from 1": {"keep_from": 1.0},
 }
 

@@ -1,12 +1,9 @@
 """Fine-tuning without labels: what is compared how, what comes back, and what is refused."""
 
-from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-from torch import nn
 
 import idlefx
 from idlefx.training import checkpoints, run
@@ -14,41 +11,12 @@ from idlefx.training.config import Settings
 from idlefx.training.distances import DISTANCES, distance_for
 from idlefx.training.gain import Gain
 from idlefx.training.loop import finetune
-from tests.models.colours import CLASSES, SIDE, Colours, vit
+from tests.models.colours import CLASSES, vit
+from tests.models.encoder import IMAGES, TRAIN, VAL, pair
 from tests.models.small import fingerprint
 from tests.support.messages import refusal, says
 
-IMAGES = torch.stack([Colours(64, 0.0)[index][0] for index in range(64)])
-TRAIN, VAL = list(IMAGES[:40].split(8)), list(IMAGES[40:].split(8))
 SHORT = Settings(steps=20, lr=3e-4, looks=4)
-
-
-class Encoder(nn.Module):
-    """Features, tokens, a map, and whole numbers; no classifier."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.vit, self.scale = vit(num_classes=0), scale
-
-    def forward(self, x: torch.Tensor) -> dict:
-        tokens = self.vit.forward_features(x)
-        grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
-        highest = grid.flatten(1).argmax(1)
-        return {"feature": tokens[:, 0], "tokens": tokens[:, 1:], "map": self.scale * grid[:, :2], "highest": highest}
-
-
-EXAMPLE = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-
-
-@cache
-def _converted(idle, scale, keep, schedule):
-    dense = Encoder(scale).eval()
-    return dense, idlefx.convert(dense, [1], keep, schedule=schedule, idle=idle, example_inputs=EXAMPLE)
-
-
-def pair(idle="rest", *, scale=1.0, keep=0.4, schedule="stages"):
-    """An encoder and its idling twin, fresh."""
-    return deepcopy(_converted(idle, scale, keep, schedule))
 
 
 @pytest.mark.parametrize("idle", ["rest", "follow"])

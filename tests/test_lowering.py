@@ -5,16 +5,19 @@ from dataclasses import replace
 import pytest
 
 import idlefx
-from idlefx.pipeline import with_keep
+from idlefx.training.config import Settings
 from idlefx.training.loop import finetune
 from idlefx.training.lowering import LEVELS, Lowering
+from idlefx.variants import with_keep
 from tests.models.colours import vit
+from tests.models.encoder import IMAGES, TRAIN, VAL, pair
 from tests.support.messages import refusal, says
-from tests.test_distillation import IMAGES, SHORT, TRAIN, VAL, pair
 
+SHORT = Settings(steps=20, lr=3e-4, looks=4)
 LOWERED = replace(SHORT, keep_from=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("idle", ["rest", "follow"])
 def test_a_model_with_another_keep_is_what_convert_makes_and_shares_the_parameters(idle):
     dense, student = pair(idle)
@@ -25,6 +28,7 @@ def test_a_model_with_another_keep_is_what_convert_makes_and_shares_the_paramete
     assert other.conversion.options.keep == 0.8 and student.conversion.options.keep == 0.4
 
 
+@pytest.mark.slow
 def test_a_mode_has_its_own_graph():
     idle = idlefx.convert(vit(drop_path_rate=0.5), [1], 0.4)
     other = with_keep(idle, 0.8)
@@ -32,6 +36,7 @@ def test_a_mode_has_its_own_graph():
     assert other.conversion.training is not other.conversion.evaluation and idle.plan[0].kept == 6
 
 
+@pytest.mark.slow
 def test_ratios_fall_in_equal_steps():
     lowering = Lowering(pair()[1], 0.9, lambda model: model)
     assert lowering.ratios == pytest.approx((0.8, 0.7, 0.6, 0.5))
@@ -41,6 +46,7 @@ def test_ratios_fall_in_equal_steps():
     assert Lowering(idle, 0.7, lambda model: model).ratios[-1] == pytest.approx((0.8, 0.46))
 
 
+@pytest.mark.slow
 def test_it_is_told_and_what_is_returned_is_the_model_of_the_plan(capsys):
     dense, student = pair()
     gain = finetune(dense, student, TRAIN, VAL, LOWERED)

@@ -9,14 +9,15 @@ import torch
 import idlefx
 from idlefx.finetune import Taught
 from idlefx.options import PlanOptions
+from idlefx.training.config import Settings
 from idlefx.training.loop import finetune
 from idlefx.variants import with_keep, with_stream
 from tests.models import grids, small
 from tests.models.colours import vit
+from tests.models.encoder import IMAGES, TRAIN, VAL, pair
 from tests.support.messages import refusal, says
-from tests.test_distillation import IMAGES, SHORT, TRAIN, VAL, pair
 
-STREAMED = replace(SHORT, stream=True)
+STREAMED = Settings(steps=20, lr=3e-4, looks=4, stream=True)
 
 
 def streams_of(model, images):
@@ -29,6 +30,7 @@ def streams_of(model, images):
     return seen[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("idle", ["rest", "follow"])
 def test_what_leaves_the_last_block_is_returned_too(idle):
     dense = vit(num_classes=0).eval()
@@ -41,7 +43,8 @@ def test_what_leaves_the_last_block_is_returned_too(idle):
     assert [*map(id, with_stream(student).parameters())] == [*map(id, student.parameters())]
 
 
-@pytest.mark.parametrize("kind", ["last", "first"])
+@pytest.mark.parametrize("kind", ["last", pytest.param("first", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore:in train mode the model has other blocks")
 def test_on_a_grid_features_come_last(kind):
     model, images = grids.build(kind, 2), grids.pictures(2)
     traced = with_stream(idlefx.convert(model, [1], 1.0, example_inputs=images))
@@ -49,6 +52,7 @@ def test_on_a_grid_features_come_last(kind):
     assert traced(images)[1].equal(stream if kind == "last" else stream.permute(0, 2, 3, 1))
 
 
+@pytest.mark.slow
 def test_it_goes_together_with_a_cut_loss_and_other_keep_ratios():
     _, student = pair()
     _, stream = with_stream(student)(IMAGES[:4])
@@ -83,6 +87,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(changes, tmp_path):
     assert str(second) == str(unbroken) and second.looks == unbroken.looks
 
 
+@pytest.mark.slow
 def test_in_a_loop_of_ones_own():
     dense, student = pair()
     taught = Taught(dense, student, IMAGES[:32], stream=True).train()
@@ -95,6 +100,7 @@ def test_in_a_loop_of_ones_own():
     assert student.get_parameter("vit.blocks.1.mlp.fc1.weight").grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_where_it_cannot_be_had_is_said():
     model = small.build("vit")
     model.blocks[-1] = small.Mixing(small.SMALL["embed_dim"])
@@ -103,6 +109,7 @@ def test_where_it_cannot_be_had_is_said():
     assert says(message, "train: the stream after the last block", "it is not known where its tokens stand"), message
 
 
+@pytest.mark.slow
 def test_an_output_of_that_name_is_said():
     class Named(torch.nn.Module):
         def __init__(self):
