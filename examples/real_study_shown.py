@@ -63,7 +63,7 @@ def _ms(both: tuple[float, float] | None) -> str:
 def draw(results: list[Result], path: Path) -> None:
     """What is lost over multiply-adds: direction of the feature, and overlap with the thing."""
     sizes = sorted({result["size"] for result in results})
-    figure = Figure(figsize=(9, 3.6 * len(sizes)), layout="constrained")
+    figure, shown = Figure(figsize=(9, 3.6 * len(sizes)), layout="constrained"), dict[str, Any]()
     for (left, right), size in zip(figure.subplots(len(sizes), 2, squeeze=False), sizes, strict=True):
         for method, colour in COLOURS.items():
             found = sorted(
@@ -79,7 +79,8 @@ def draw(results: list[Result], path: Path) -> None:
         right.set(xlabel="GMACs of the blocks", ylabel="IoU of saliency and thing", title=f"{size} pixels")
         for axes in (left, right):
             axes.grid(alpha=0.3)
-    right.legend(fontsize=8, loc="center right")
+        shown |= dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown.keys(), fontsize=8, loc="outside lower center", ncols=len(shown))
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import idlefx
-from examples import study
+from examples import real_study_shown, study, tuned_study
 from idlefx.bench.results import Bench, Timing
 from idlefx.bench.tables import summary
 from idlefx.demo.model import glyph_vit
@@ -52,7 +52,7 @@ def test_table_of_times_is_that_of_the_shipped_results():
 )
 def test_tables_of_the_real_model_are_those_of_the_shipped_results(columns):
     results = json.loads((RESULTS / "real_study.json").read_text())
-    measured = {(result["method"], result["level"]): result for result in results}
+    measured = {(result["method"], result["level"]): result for result in results if result["size"] == 224}
     for method in ("rest", "pruned", "ToMe", "follow, 3 stages", "follow, 6 stages", "follow, 6 stages, joined"):
         wanted = [measured[method, level][column] for level in (1, 2, 3) for column in columns]
         label = method if method == "ToMe" or "stages" in method else f"{method}, 3 stages"
@@ -61,6 +61,19 @@ def test_tables_of_the_real_model_are_those_of_the_shipped_results(columns):
             all(abs(float(cell) - value) <= 0.51 * 10 ** -len(cell.partition(".")[2]) for cell, value in pairs)
             for pairs in (list(zip(row, wanted, strict=True)) for row in rows)
         ), (label, wanted)
+
+
+def test_tables_at_518_pixels_are_those_of_the_shipped_results():
+    results = json.loads((RESULTS / "real_study.json").read_text())
+    lines = real_study_shown.tables([result for result in results if result["size"] == 518]).splitlines()
+    rows = [documents.cells(line) for line in lines if line.startswith("| ")]
+    assert len(rows) >= 16 and [row for row in rows if row not in documents.rows()] == []
+
+
+def test_table_of_tuned_models_is_that_of_the_shipped_results():
+    lines = tuned_study.table(json.loads((RESULTS / "tuned_study.json").read_text())).splitlines()
+    assert len(lines) > 4
+    assert [line for line in lines[2:] if documents.cells(line) not in documents.rows()] == []
 
 
 @pytest.fixture(scope="module")
