@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import idlefx
-from examples import real_study_shown, study, tuned_study
+from examples import int8, real_study_shown, study, tuned_study
 from idlefx.bench.results import Bench, Timing
 from idlefx.bench.tables import summary
 from idlefx.demo.model import glyph_vit
@@ -68,6 +68,12 @@ def test_tables_at_518_pixels_are_those_of_the_shipped_results():
     lines = real_study_shown.tables([result for result in results if result["size"] == 518]).splitlines()
     rows = [documents.cells(line) for line in lines if line.startswith("| ")]
     assert len(rows) >= 16 and [row for row in rows if row not in documents.rows()] == []
+
+
+def test_tables_of_int8_are_those_of_the_shipped_results():
+    lines = int8.tables(json.loads((RESULTS / "int8.json").read_text())["results"]).splitlines()
+    rows = [documents.cells(line) for line in lines if line.startswith("| ")]
+    assert len(rows) == 18 and [row for row in rows if row not in documents.rows()] == []
 
 
 def test_table_of_tuned_models_is_that_of_the_shipped_results():
