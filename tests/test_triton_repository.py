@@ -81,6 +81,7 @@ def check_against_session(config, session):
         assert shapes(config, told) == {t.name: [-1 if isinstance(s, str) else s for s in t.shape] for t in found}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_repository_is_what_triton_reads_and_the_file_says(tmp_path, monkeypatch, capsys):
     model = build("vit", depth=2)
