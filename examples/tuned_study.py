@@ -36,12 +36,14 @@ class Run(NamedTuple):
     level: int
     steps: int
     seed: int
+    train: int  # scenes to tune on
+    scenes: int  # to measure on
 
 
-def tuned(run: Run, train: int) -> tuple[Model, Result]:
+def tuned(run: Run) -> tuple[Model, Result]:
     """A model tuned by the defaults in bfloat16, and what came of it."""
     model, dense = make(SIZE, run.method, run.level), dense_model(SIZE)
-    loader = DataLoader(scenes(train, seed=run.seed, split="train").images, BATCH, shuffle=True, drop_last=True)
+    loader = DataLoader(scenes(run.train, seed=run.seed, split="train").images, BATCH, shuffle=True, drop_last=True)
     held_out, settings = photographs(SIZE, None)[0][CHOSEN_ON], Settings(steps=run.steps, seed=run.seed, amp=True)
     began = time.perf_counter()
     gain = finetune(dense, model.run, loader, held_out, settings, batch_size=BATCH)
@@ -49,10 +51,10 @@ def tuned(run: Run, train: int) -> tuple[Model, Result]:
     return model, {"best_step": gain.best_step, "distance": gain.distance, "error": gain.error, "minutes": minutes}
 
 
-def measured(run: Run, train: int, count: int) -> Result:
+def measured(run: Run) -> Result:
     """What a model is like on pictures that nothing was tuned on and nothing chosen."""
-    model, tuning = tuned(run, train) if run.steps else (make(SIZE, run.method, run.level), {})
-    found = measure(SIZE, count, model) | measure_photographs(SIZE, None, model, MEASURED_ON)
+    model, tuning = tuned(run) if run.steps else (make(SIZE, run.method, run.level), {})
+    found = measure(SIZE, run.scenes, model) | measure_photographs(SIZE, None, model, MEASURED_ON)
     return {**run._asdict(), **tuning, **found, "torch": torch.__version__}
 
 
@@ -84,7 +86,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     wanted = [
-        Run(method, level, steps, seed)
+        Run(method, level, steps, seed, args.train if steps else 0, args.scenes)
         for steps, seeds in ((0, [0]), (args.steps, args.seeds)) for seed in seeds for level in args.levels
         for method in args.methods
     ]  # fmt: skip
@@ -93,11 +95,12 @@ def main() -> None:
     there = {Run(*(result[name] for name in Run._fields)) for result in results}
     for run in wanted:
         if run not in there:
-            results.append(measured(run, args.train, args.scenes))
+            results.append(measured(run))
             with whole_file(args.results) as partial:
                 partial.write_text(json.dumps(results, indent=1) + "\n")
             print(table(results[-1:]), flush=True)
-    print(table(results))
+    alike = [r for r in results if r["scenes"] == args.scenes and r["train"] in (0, args.train)]
+    print(table(alike))
 
 
 if __name__ == "__main__":

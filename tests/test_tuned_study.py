@@ -47,3 +47,8 @@ def test_it_measures_before_and_after_and_goes_on_where_it_was(monkeypatch, tmp_
     cosines = {run: result["cosine"] for run, result in zip(runs, found, strict=True)}
     assert all(cosines[method, 8, seed] >= cosines[method, 0, 0] for method in ("rest", "pruned") for seed in (0, 1))
     assert tuned_study.table(found) in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["study", *map(str, [*words, "--seeds", 0, "--scenes", 7])])
+    tuned_study.main()
+    other = json.loads(results.read_text())[len(found) :]
+    assert [result["scenes"] for result in other] == [7] * 4, "other scenes, other results"
+    assert capsys.readouterr().out.endswith(f"{tuned_study.table(other)}\n")
