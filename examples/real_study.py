@@ -7,7 +7,6 @@ soon as it is there; an interrupted study goes on.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -22,13 +21,13 @@ from tqdm import tqdm
 
 import idlefx
 from examples import tome
+from examples.kept_results import keep_results, read_results
 from examples.real_study_shown import draw, picture, tables
 from idlefx.bench.timer import time_in_turn
 from idlefx.data import Scenes, scenes
 from idlefx.demo.gallery import kept_gallery
 from idlefx.models import saliency_vit
 from idlefx.reporting.comparison.image_batches import find_images
-from idlefx.utils.files import whole_file
 
 HERE = Path(__file__).parent
 THREE, SIX = [3, 6, 9], [1, 3, 5, 7, 9, 11]  # blocks that open a stage
@@ -214,24 +213,18 @@ def main() -> None:
     args = parser.parse_args()
     counts = {size: count for size, count in ((224, args.scenes), (518, args.large)) if count}
 
-    results = json.loads(args.results.read_text()) if args.results.exists() else []
-    args.results.parent.mkdir(exist_ok=True)
-
-    def keep() -> None:
-        with whole_file(args.results) as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n")
-
+    results = read_results(args.results)
     for size, method, level in (bar := tqdm([*missing(results, counts)], unit="model")):
         bar.set_postfix_str(f"{size} pixels, {method}")
         model = make(size, method, level)
         whole = measure_photographs(size, args.photographs, model)
         results.append({"method": method, "level": level, **measure(size, counts[size], model), **whole})
-        keep()
+        keep_results(args.results, results)
     for size in counts:
         for level in range(len(KEEPS[size])):
             for batch in args.time:
                 add_times(results, size, level, batch)
-                keep()
+                keep_results(args.results, results)
     wanted = [result for result in results if result["scenes"] == counts.get(result["size"])]
     print(tables(wanted))
     draw(wanted, args.plot)

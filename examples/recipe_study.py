@@ -5,7 +5,6 @@ compares all recipes for one way of idling; `--recipes` names some. Every result
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import idlefx
+from examples.kept_results import keep_results, read_results
 from idlefx.data import scenes
 from idlefx.finetune import Settings, finetune
 from idlefx.models import saliency_vit
 from idlefx.training.config import UNLABELLED, UNLABELLED_LR
-from idlefx.utils.files import whole_file
 
 RESULTS = Path(__file__).parent / "results" / "recipe_study.json"
 BATCH = 16
@@ -135,12 +134,10 @@ def main() -> None:
         for seed in range(args.seeds) for keep in args.keep for steps in args.steps for recipe in args.recipes
         if args.idle == "rest" or recipe != "token cut loss"
     ]  # fmt: skip
-    results = json.loads(args.results.read_text()) if args.results.exists() else []
-    args.results.parent.mkdir(exist_ok=True)
+    results = read_results(args.results)
     for run in missing(results, wanted):
         results.append(measure(run, args.scenes, args.held_out))
-        with whole_file(args.results) as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n")
+        keep_results(args.results, results)
         print(table(results[-1:]), flush=True)
     print(table(results))
 

@@ -6,27 +6,25 @@ as soon as it is there; an interrupted study goes on.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tabulate import tabulate
 from torch.utils.data import DataLoader
 
+from examples.kept_results import Result, keep_results, read_results
 from examples.real_study import Model, dense_model, make, measure, measure_photographs, photographs
 from idlefx.data import scenes
 from idlefx.finetune import Settings, finetune
-from idlefx.utils.files import whole_file
 
 RESULTS = Path(__file__).parent / "results" / "tuned_study.json"
 SIZE, BATCH = 224, 16
 METHODS = ("rest", "pruned", "follow, 6 stages")
 CHOSEN_ON, MEASURED_ON = slice(0, None, 2), slice(1, None, 2)  # of the gallery
 FIGURES = ("cosine", "agreement", "iou", "photographs' cosine", "photographs' worst cosine")
-Result = dict[str, Any]
 
 
 class Run(NamedTuple):
@@ -90,14 +88,12 @@ def main() -> None:
         for steps, seeds in ((0, [0]), (args.steps, args.seeds)) for seed in seeds for level in args.levels
         for method in args.methods
     ]  # fmt: skip
-    results: list[Result] = json.loads(args.results.read_text()) if args.results.exists() else []
-    args.results.parent.mkdir(exist_ok=True)
+    results = read_results(args.results)
     there = {Run(*(result[name] for name in Run._fields)) for result in results}
     for run in wanted:
         if run not in there:
             results.append(measured(run))
-            with whole_file(args.results) as partial:
-                partial.write_text(json.dumps(results, indent=1) + "\n")
+            keep_results(args.results, results)
             print(table(results[-1:]), flush=True)
     alike = [r for r in results if r["scenes"] == args.scenes and r["train"] in (0, args.train)]
     print(table(alike))
