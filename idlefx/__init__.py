@@ -33,14 +33,17 @@ if TYPE_CHECKING:
     from idlefx.runtime.conversion import Conversion
     from idlefx.runtime.module import IdleModule
     from idlefx.search.plan import plan
+    from idlefx.training.accuracy import Accuracy, Evaluation
+    from idlefx.training.evaluation import evaluate
     from idlefx.variants import with_cut_loss
 
 __version__: str
 __all__ = [
-    "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "Comparison", "Conversion",
-    "IdleFxError", "IdleModule", "InputError", "MethodError", "OutputChange", "ParityError", "PassError", "Plan",
-    "PlanError", "PlanOptions", "Report", "Step", "TrainingError", "compare", "compile", "convert", "draw", "emit",
-    "inspect", "load", "package", "plan", "read_plan", "report", "selector", "with_cut_loss",
+    "Accuracy", "Artifact", "ArtifactError", "Block", "BlockError", "BlockTable", "CaptureError", "Comparison",
+    "Conversion", "Evaluation", "IdleFxError", "IdleModule", "InputError", "MethodError", "OutputChange",
+    "ParityError", "PassError", "Plan", "PlanError", "PlanOptions", "Report", "Step", "TrainingError", "compare",
+    "compile", "convert", "draw", "emit", "evaluate", "inspect", "load", "package", "plan", "read_plan", "report",
+    "selector", "with_cut_loss",
 ]  # fmt: skip
 
 # A name is imported when it is first used: whoever only converts loads neither Matplotlib nor Inductor.
@@ -60,6 +63,8 @@ _HOMES = {
     "runtime.conversion": ("Conversion",),
     "runtime.module": ("IdleModule",),
     "search.plan": ("plan",),
+    "training.accuracy": ("Accuracy", "Evaluation"),
+    "training.evaluation": ("evaluate",),
     "variants": ("with_cut_loss",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import idlefx
-from idlefx.cli import compare
+from idlefx.cli import ways
 from idlefx.cli.main import main
 from idlefx.demo.glyphs import Glyphs
 from idlefx.errors import BlockError
@@ -39,7 +39,7 @@ def test_command_prints_and_writes_what_python_finds(folder, tmp_path, capsys, m
     words = [*COMMAND, "--data", str(folder), "--limit", "3", "--batch-size", "2", "--json", str(target)]
     words += ["--idle", "follow"]
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(compare, "convert", lambda *args, **options: idle.append(convert(*args, **options)) or idle[0])
+    monkeypatch.setattr(ways, "convert", lambda *args, **options: idle.append(convert(*args, **options)) or idle[0])
     assert main(words) == 0
     monkeypatch.undo()
     wanted = idlefx.compare(named(), {"follow": idle[0]}, folder, limit=3, batch_size=2)
@@ -59,7 +59,7 @@ def test_each_way_of_idling_is_a_row(folder, capsys, monkeypatch, refused):
             raise BlockError(f"blocks: {idle} is not for this model")
         return model
 
-    monkeypatch.setattr(compare, "convert", converted)
+    monkeypatch.setattr(ways, "convert", converted)
     code = main([*COMMAND, "--data", str(folder), "--limit", "2", "--idle", "rest", "follow"])
     shown = capsys.readouterr()
     rows = [line.split()[0] for line in shown.out.splitlines() if " output " in line][1:]
@@ -84,7 +84,7 @@ def test_each_way_of_idling_is_a_row(folder, capsys, monkeypatch, refused):
 )
 def test_what_cannot_be_compared_is_refused_in_words(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "convert", lambda model, **_: model)
+    monkeypatch.setattr(ways, "convert", lambda model, **_: model)
     for file in ("text/words.txt", "broken/1.png"):
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_text("words")

@@ -18,6 +18,7 @@ from idlefx.capture.models import load_model
 from idlefx.cli.arguments import plan_options, told_to_convert
 from idlefx.cli.bench import Campaign
 from idlefx.cli.compare import compare_models
+from idlefx.cli.evaluate import evaluate_models
 from idlefx.cli.exit_codes import FAILED, INTERRUPTED
 from idlefx.demo.glyphs import Glyphs
 from idlefx.deploy.artifacts import check_path
@@ -87,6 +88,11 @@ def compare(options: argparse.Namespace) -> int:
     return compare_models(options, _model, _example)
 
 
+def evaluate(options: argparse.Namespace) -> int:
+    """Print how often dense and converted models are right on labelled pictures."""
+    return evaluate_models(options, _model, _example)
+
+
 def bench(options: argparse.Namespace) -> int:
     """Time dense and idling models."""
     return Campaign(options, _model, _example).run()
@@ -110,7 +116,8 @@ def zoo(options: argparse.Namespace) -> int:
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
-    "inspect": inspect, "plan": plan, "convert": convert, "compare": compare, "draw": draw, "bench": bench, "zoo": zoo,
+    "inspect": inspect, "plan": plan, "convert": convert, "compare": compare, "evaluate": evaluate,
+    "draw": draw, "bench": bench, "zoo": zoo,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The shell: `python -m idlefx inspect | plan | convert | compare | draw | bench | zoo | finetune`.
+"""The shell: `python -m idlefx inspect | plan | convert | compare | evaluate | draw | bench | zoo | finetune`.
 
 What a command needs is imported when it runs, so that help and errors of the arguments are there at once.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from idlefx.cli import finetune
 from idlefx.cli.arguments import DTYPES, add_model, add_plan, add_version
 from idlefx.cli.bench_options import add_options
+from idlefx.cli.comparing_options import add_comparing_options, add_evaluating_options
 from idlefx.cli.exit_codes import exit_code_of
 from idlefx.cli.parser import Numbers, Parser, add_renamed
 from idlefx.cli.planning_options import add_options as add_planning_options
@@ -68,21 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         help="fewest and most images of a call of the artifact; 1 1024 if not told",
     )  # fmt: skip
 
-    compare = commands.add_parser("compare", help="what a conversion changes on your images, without labels")
-    add_model(compare, required=True)
-    add_plan(
-        compare,
-        idle={"nargs": "+", "default": ["rest"], "help": "what idle tokens do meanwhile; of several, each has its row"},
+    add_comparing_options(
+        commands.add_parser("compare", help="what a conversion changes on your images, without labels")
     )
-    compare.add_argument("--data", required=True, metavar="FOLDER", help="photographs, at any depth")
-    compare.add_argument("--batch-size", type=int, default=16, metavar="IMAGES", help="images in a batch")
-    compare.add_argument("--limit", type=int, metavar="IMAGES", help="the most images, spread evenly over the folder")
-    compare.add_argument(
-        "--logits", nargs="+", metavar="NAME", help="outputs that are logits of classes, if they are not found"
-    )
-    compare.add_argument("--device", default="cpu", help="where to compare")
-    compare.add_argument("--dtype", choices=DTYPES, default="float32", help="number type of the models")
-    compare.add_argument("--json", metavar="FILE", help="write the figures too")
+    add_evaluating_options(commands.add_parser("evaluate", help="top-1 before and after, on images with labels"))
 
     draw = commands.add_parser("draw", help="picture of working and idle patches")
     add_model(draw, required=True)

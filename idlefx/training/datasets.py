@@ -1,14 +1,10 @@
 """Image data by name, as timm names it, checked before anything is computed."""
 
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from idlefx.capture.inputs import IMAGENET, MODES
 from idlefx.demo.glyphs import Glyphs
 from idlefx.errors import InputError, first_line
 from idlefx.records import ModelFacts
@@ -17,6 +13,8 @@ from idlefx.training.config import GLYPHS
 from idlefx.training.distributed import World
 from idlefx.training.feature_taps import classes_of, refuse_bytes
 from idlefx.training.folders import (
+    TRAIN_NAMES,
+    VAL_NAMES,
     Reading,
     class_folder_count,
     has_loose_pictures,
@@ -24,16 +22,16 @@ from idlefx.training.folders import (
     read_unsplit,
     split_folders,
 )
+from idlefx.training.image_transforms import CROP, evaluation_transform, training_transform
 from idlefx.training.loader import ImageLoader
 from idlefx.training.pictures import PictureLoader, Pictures
 
 GLYPHS_TRAIN, GLYPHS_VAL = 16_384, 2_000  # scenes
 LIBRARIES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow_datasets"}
 PUBLISHED_AUGMENT = ("rand-m9-mstd0.5-inc1", 0.25)
-CROP, CROPPED = "crop", (0.5, 1.0)  # share of a picture that such a crop shows
 PREFIXES = (*LIBRARIES, "torch")
+ONE_CLASS = "data: {} has images of one class only; there is nothing to tell apart"
 LABELLED_BATCH, UNLABELLED_BATCH = 64, 16  # images
-REDRAWS = 4  # timm's policies ask once in a while for an image of 0 bits, which Pillow refuses: another draw is made
 
 
 class Source(NamedTuple):
@@ -98,9 +96,8 @@ def open_loaders(
     if told and (world is None or world.leads):
         print(f"data: {told}")
     source = source.settled(labelled=labelled)
-    mode = MODES.get(facts.image_size[0], "RGB")
-    train.transform = partial(_prepare, mode, _transform(source, facts, training=True))
-    val.transform = partial(_prepare, mode, _transform(source, facts, training=False))
+    train.transform = training_transform(facts, source.augment, source.erase)
+    val.transform = evaluation_transform(facts)
     options: dict[str, Any] = {"seed": seed, "workers": workers, "world": world}
     kind = ImageLoader if labelled else PictureLoader
     if labelled:
@@ -109,6 +106,54 @@ def open_loaders(
         for dataset in (train, val):
             _check_classes(source.name, dataset, classes)
     return kind(train, batch_size, training=True, **options), kind(val, batch_size, **options)
+
+
+def open_labelled(
+    source: Source, facts: ModelFacts, batch_size: int, *, limit: int | None, workers: int
+) -> ImageLoader:
+    """Batches of the held-out images and their labels.
+
+    Args:
+        source: Where the data is: of a folder that is split the validation folder, else all of its class folders.
+        facts: Of the model, whose size and normalisation the images get.
+        batch_size: Images in a batch.
+        limit: The most images, spread evenly over all of them; None for all.
+        workers: Processes that read images.
+
+    Raises:
+        InputError: There is no such data, no image in it, no folder for a class, or only one.
+    """
+    if source.name == GLYPHS:
+        dataset: Any = Glyphs("val", size=GLYPHS_VAL, image_size=facts.image_size[-1])
+    else:
+        dataset = _held_out_of(Path(source.name), source, batch_size)
+    if limit is not None and isinstance(dataset, IterableDataset):
+        raise InputError(f"data: {source.name} is a stream, of which all images are read; leave the limit out")
+    if len(class_names(dataset)) == 1:
+        raise InputError(ONE_CLASS.format(source.name))
+    dataset.transform = evaluation_transform(facts)
+    step = 1 if limit is None else -(-len(dataset) // limit)
+    return ImageLoader(dataset, batch_size, workers=workers, step=step)
+
+
+def _held_out_of(root: Path, source: Source, batch_size: int) -> Any:
+    if not root.is_dir():
+        return _open(source, source.val, batch_size, seed=0)
+    names = (source.val, *VAL_NAMES * (source.val in VAL_NAMES))
+    folder = next((root / name for name in names if (root / name).is_dir()), root)
+    if has_loose_pictures(folder):
+        raise InputError(
+            f"data: pictures lie in {folder} itself, so nothing says of which class they are; there must be a folder "
+            "for each class"
+        )
+    dataset = _open(source._replace(name=str(folder)), "", batch_size, seed=0)
+    training = next((root / name for name in (source.train, *TRAIN_NAMES) if (root / name).is_dir()), None)
+    if folder != root and training:  # a class without held-out images must not shift the others
+        classes = {path.name for path in training.iterdir() if path.is_dir() and not path.name.startswith(".")}
+        if classes - set(class_names(dataset)):
+            known = class_names(_open(source._replace(name=str(training)), "", batch_size, seed=0))
+            dataset = _open(source._replace(name=str(folder)), "", batch_size, 0, known)
+    return dataset
 
 
 class _Opened(NamedTuple):
@@ -135,8 +180,8 @@ def _open_both(source: Source, facts: ModelFacts, batch_size: int, seed: int, cl
     train, val = (_open(source, split, batch_size, seed) for split in (source.train, source.val))
     if classes is not None:
         _check_splits(source, train, val)
-        if _classes(train) != _classes(val):  # a class without validation images must not shift the others
-            val = _open(source, source.val, batch_size, seed, _classes(train))
+        if class_names(train) != class_names(val):  # a class without validation images must not shift the others
+            val = _open(source, source.val, batch_size, seed, class_names(train))
     return _Opened(train, val, classes is not None)
 
 
@@ -176,51 +221,25 @@ def _open(source: Source, split: str, batch_size: int, seed: int, class_map: Any
         raise InputError(f"data: cannot open split {split} of {source.name}: {first_line(error)}") from error
 
 
-def _classes(dataset: Any) -> dict[str, int]:
+def class_names(dataset: Any) -> dict[str, int]:
     """Classes by name, where the data set knows them."""
     found = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
     return found or {name: number for number, name in enumerate(getattr(dataset, "classes", ()))}
 
 
 def _check_splits(source: Source, train: Any, val: Any) -> None:
-    if strangers := sorted(set(_classes(val)) - set(_classes(train))):
+    if strangers := sorted(set(class_names(val)) - set(class_names(train))):
         raise InputError(
             f"data: {source.name} has validation images of classes without training images: {', '.join(strangers[:5])}"
         )
 
 
 def _check_classes(name: str, dataset: Any, classes: int) -> None:
-    found = len(_classes(dataset))
+    found = len(class_names(dataset))
     if found == 1:
-        raise InputError(f"data: {name} has images of one class only; there is nothing to tell apart")
+        raise InputError(ONE_CLASS.format(name))
     if found and found != classes:
         raise InputError(
             f"data: {name} has {found} classes, but the model's head has {classes}; fine-tuning for idling starts "
             "from a model that was trained on these classes"
         )
-
-
-def _prepare(mode: str, transform: Any, image: Image.Image) -> Any:
-    image = image.convert(mode)
-    for _ in range(REDRAWS):
-        with suppress(ValueError):
-            return transform(image)
-    return transform(image)
-
-
-def _transform(source: Source, facts: ModelFacts, training: bool) -> Any:
-    from timm.data import create_transform
-
-    data = {**IMAGENET, "interpolation": "bicubic", **(facts.data or {})}
-    options: dict[str, Any] = {name: data[name] for name in ("mean", "std", "interpolation")}
-    if training and source.augment == CROP:
-        options |= {"is_training": True, "scale": CROPPED, "color_jitter": 0.0, "re_prob": source.erase}
-    elif training and source.augment != "none":
-        options |= {"is_training": True, "auto_augment": source.augment, "re_prob": source.erase, "re_mode": "pixel"}
-    else:
-        options |= {"crop_pct": data["crop_pct"], "crop_mode": data.get("crop_mode")}
-    try:
-        size: Any = facts.image_size
-        return create_transform(size, **options)
-    except (AssertionError, ValueError, IndexError) as error:
-        raise InputError(f"data: timm knows no augmentation {source.augment!r}: {error}") from error

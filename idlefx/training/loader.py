@@ -33,6 +33,7 @@ class ImageLoader:
         workers: Processes that read images.
         world: The processes that share the data set.
         classes: How many classes the model knows; labels beyond are refused.
+        step: In evaluation, how far apart the images are that are seen; 1 for all of them.
 
     Attributes:
         unreadable: Index of each image that could not be read, and why.
@@ -53,9 +54,10 @@ class ImageLoader:
         workers: int = 0,
         world: World | None = None,
         classes: int | None = None,
+        step: int = 1,
     ) -> None:
-        self.dataset, self.batch_size, self.training, self.seed, self.workers = (
-            dataset, batch_size, training, seed, workers,
+        self.dataset, self.batch_size, self.training, self.seed, self.workers, self.step = (
+            dataset, batch_size, training, seed, workers, step,
         )  # fmt: skip
         self.world, self.classes = world or World(), classes
         self.streams = isinstance(dataset, IterableDataset)
@@ -81,7 +83,7 @@ class ImageLoader:
 
     @property
     def _share(self) -> range:
-        return range(self.world.rank, len(self.dataset), self.world.size)
+        return range(self.world.rank * self.step, len(self.dataset), self.world.size * self.step)
 
     def epoch(self, number: int = 0, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, C, H, W) and labels (B,) of one epoch, on the device of this process.

@@ -62,9 +62,9 @@ def compare(
             none with an entry for each image, or NaN; or a converted model returns another structure or shape.
     """
     models = dict(idle) if isinstance(idle, Mapping) else {IDLE: idle}
-    _check_models(model, models)
-    facts = _facts(model, models)
-    batches = ImageBatches(images, facts, batch_size, limit, as_bytes=any(map(_takes_bytes, models.values())))
+    check_models(model, models)
+    facts = facts_of(model, models)
+    batches = ImageBatches(images, facts, batch_size, limit, as_bytes=any(map(takes_byte_images, models.values())))
     tally = Tally(list(models), logits, class_counts(model, facts))
     hidden = None if progress else True  # None hides it where standard error is no terminal
     bar = tqdm(total=batches.total, desc="compare", unit="image", leave=False, disable=hidden)
@@ -78,7 +78,12 @@ def compare(
     return tally.comparison()
 
 
-def _check_models(model: Any, models: Mapping[str, Any]) -> None:
+def check_models(model: Any, models: Mapping[str, Any]) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        InputError: One is not, or there is none beside the dense model.
+    """
     if not models:
         raise InputError("compare: there is no converted model; give what idlefx.convert returns")
     for each in (model, *models.values()):
@@ -86,7 +91,7 @@ def _check_models(model: Any, models: Mapping[str, Any]) -> None:
             raise InputError(f"compare: a {type(each).__name__} is no model; give what idlefx.convert returns")
 
 
-def _facts(model: Any, models: Mapping[str, Any]) -> ModelFacts | None:
+def facts_of(model: Any, models: Mapping[str, Any]) -> ModelFacts | None:
     """What is known of the images: of a conversion, of an artifact, or else of the library that the model is from."""
     for converted in models.values():
         if isinstance(facts := getattr(converted, "facts", None), ModelFacts):
@@ -98,7 +103,8 @@ def _facts(model: Any, models: Mapping[str, Any]) -> ModelFacts | None:
     return None
 
 
-def _takes_bytes(converted: Any) -> bool:
+def takes_byte_images(converted: Any) -> bool:
+    """Whether a converted model or artifact takes `uint8` and normalises by itself."""
     with suppress(InputError):
         return takes_bytes(conversion_of(converted).evaluation.source)
     return bool(getattr(converted, "dtype", None) == torch.uint8)  # of an artifact
