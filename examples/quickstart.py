@@ -1,13 +1,14 @@
 """Let tokens of a trained model follow one another, and see what that changes and what it saves.
 
 The model is real where its weights can be downloaded, the small one that the package ships otherwise; whatever is
-timed is compiled, and of a size that people use.
+timed is packaged as for deployment, compiled into one file, and of a size that people use.
 """
 
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import timm
@@ -29,8 +30,8 @@ from idlefx.demo.weights import fetch_weights
 from idlefx.models import glyph_vit, saliency_vit
 
 PICTURE = Path("quickstart.png")
-FOLLOW: dict[str, Any] = {"layers": [1, 3, 5, 7, 9, 11], "keep": 0.85, "idle": "follow"}  # six stages
-REST: dict[str, Any] = {"layers": [3, 6, 9], "keep": 0.7, "idle": "rest"}  # three stages, at about the same cost
+PLAN: dict[str, Any] = {"layers": [3, 6, 9], "keep": 0.7}
+KEEP_ALL = PLAN | {"keep": 1.0}  # does what the dense model does
 BATCHES = (1, 8)
 SECONDS = 6.0  # of timing for each batch size
 
@@ -67,22 +68,23 @@ def title(text: str) -> None:
 
 
 @torch.inference_mode()
-def times(dense: nn.Module, idle: idlefx.IdleModule) -> str:
-    """What a call takes, compiled, the dense model and the following one in turn."""
-    limit = (costs := idlefx.report(idle)).dense_gmacs / costs.idle_gmacs
-    start = time.perf_counter()
-    calls = [torch.compile(dense.eval(), dynamic=True), idlefx.compile(idle)]
-    rows = []
-    for batch in BATCHES[::-1]:
-        images, samples = torch.randn(batch, *idle.conversion.facts.image_size), []
-        runs = [partial(call, images) for call in calls]
-        for run in runs:
-            run()
-        time_in_turn(runs, images.device, samples, SECONDS)
-        slow, fast = torch.tensor(samples).median(0).values.tolist()
-        rows.insert(0, [batch, f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}×", f"{slow / fast / limit:.0%}"])
+def times(dense: idlefx.IdleModule, follow: idlefx.IdleModule) -> str:
+    """What a call takes of each model, packaged as one compiled file, in turn."""
+    limit = (costs := idlefx.report(follow)).dense_gmacs / costs.idle_gmacs
+    start, rows = time.perf_counter(), []
+    with TemporaryDirectory() as folder:
+        files = [
+            idlefx.package(model, Path(folder) / name, batch=(min(BATCHES), max(BATCHES)))
+            for name, model in (("dense.pt2", dense), ("follow.pt2", follow))
+        ]
+        served = [idlefx.load(file) for file in files]
+        for batch in BATCHES:
+            images, samples = torch.randn(batch, *follow.conversion.facts.image_size), []
+            time_in_turn([partial(each, images) for each in served], images.device, samples, SECONDS)
+            slow, fast = torch.tensor(samples).median(0).values.tolist()
+            rows.append([batch, f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}×", f"{slow / fast / limit:.0%}"])
     head = ["batch", "dense, ms", "follow, ms", "speed-up", f"of the {limit:.2f}× that multiply-adds allow"]
-    return f"{tabulate(rows, head)}\n(medians; {time.perf_counter() - start:.0f} s with the compiling)"
+    return f"{tabulate(rows, head)}\n(medians; {time.perf_counter() - start:.0f} s with packaging)"
 
 
 @torch.inference_mode()
@@ -93,24 +95,27 @@ def main() -> None:
     print(idlefx.inspect(model))
 
     title("Which tokens work")
-    follow = idlefx.convert(model, **FOLLOW)
+    follow = idlefx.convert(model, **PLAN, idle="follow")
     print(follow.plan)
 
     title("What it saves")
     print(idlefx.report(follow))
 
     title("What it changes, without any training")
-    rest = idlefx.convert(model, **REST)
-    all_kept = idlefx.convert(model, **{**FOLLOW, "keep": 1.0})
+    rest = idlefx.convert(model, **PLAN, idle="rest")
+    all_kept = idlefx.convert(model, **KEEP_ALL)
     changed = idlefx.compare(model, all_kept, photographs, progress=False).changes["idle"].values()
     print("keeping every token changes", max(change.relative_difference for change in changed) or "nothing")
     print(idlefx.compare(model, {"follow": follow, "rest": rest}, photographs, progress=False))
 
     title("What it takes")
+    pair = (all_kept, follow)
+    if timed is not model:
+        pair = (idlefx.convert(timed, **KEEP_ALL), idlefx.convert(timed, **PLAN, idle="follow"))
     try:
-        print(times(timed, follow if timed is model else idlefx.convert(timed, **FOLLOW)))
-    except RuntimeError as error:
-        print(f"not timed, as compiling failed (is there a C++ compiler?): {str(error).strip().splitlines()[0]}")
+        print(times(*pair))
+    except idlefx.ArtifactError as error:
+        print(f"not timed, as compiling failed (is there a C++ compiler?): {error}")
 
     title("What it sees")
     if timed is model:

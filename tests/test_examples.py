@@ -50,7 +50,7 @@ def test_quickstart_shows_the_shipped_model_where_nothing_can_be_fetched(monkeyp
 @pytest.mark.slow
 def test_quickstart_goes_on_where_nothing_can_be_compiled(monkeypatch, tmp_path, capsys):
     def failing(*_):
-        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+        raise idlefx.ArtifactError("package: InvalidCxxCompiler: No working C++ compiler found")
 
     model, scenes = glyph_vit(), Glyphs("test", size=2)
     photographs = [scenes.scene(number).image for number in range(2)]
@@ -59,7 +59,7 @@ def test_quickstart_goes_on_where_nothing_can_be_compiled(monkeypatch, tmp_path,
     monkeypatch.chdir(tmp_path)
     quickstart.main()
     shown = capsys.readouterr().out
-    assert "(is there a C++ compiler?): InvalidCxxCompiler: No working C++ compiler found\n" in shown
+    assert "(is there a C++ compiler?): package: InvalidCxxCompiler: No working C++ compiler found\n" in shown
     assert (tmp_path / quickstart.PICTURE).exists()
 
 
