@@ -12,13 +12,17 @@ from itertools import islice, takewhile
 from typing import TypeVar
 
 import networkx as nx
+import torch
 from torch import fx
 from torch.fx.node import Target
 
 from idlefx.analysis.attention import Core
+from idlefx.analysis.movement import MOVES
 from idlefx.analysis.residuals import Branch, attention_branch, branches_along, starts_before, stream_behind
-from idlefx.graph.queries import region, value
+from idlefx.graph.queries import common_path, region, value
 from idlefx.graph.sizes import shape_of
+
+aten = torch.ops.aten
 
 _MOST_IN_FRONT = 3  # residual branches that a block may have before its attention
 StartsBefore = Callable[[fx.Node], Iterator[fx.Node]]
@@ -83,7 +87,8 @@ def find_trunks(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> lis
     segments = _without_those_of_the_next(segments, before)
     exits = [_exit(segment, norm) for segment in segments]
     entries = _entries(segments, exits, before, list(flow))
-    return [Trunk(a, b, segment.cores) for a, b, segment in zip(entries, exits, segments, strict=True)]
+    blocks = zip(entries, exits, segments, strict=True)
+    return [Trunk(entry, _as_entered(flow, segment, entry, leave), segment.cores) for entry, leave, segment in blocks]
 
 
 def _segments(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> list[Segment]:
@@ -159,6 +164,21 @@ def _exit(segment: Segment, norm: list[Target]) -> fx.Node:
     closed = segment.stream.index(segment.branches[-1].sum)
     following = [node.target for node in segment.stream[closed + 1 : closed + 1 + len(norm)]]
     return segment.stream[closed + len(norm) if following == norm else closed]
+
+
+def _as_entered(flow: nx.DiGraph, segment: Segment, entry: fx.Node, leave: fx.Node) -> fx.Node:
+    """A block's exit, or where the stream has the shape of its entry again, if it was flattened inside the block.
+
+    A norm on the way is the block's own if the module that did the rest of the block did it too.
+    """
+    path, wanted = common_path(region(flow, entry, leave)), shape_of(entry)
+    for node in segment.stream[segment.stream.index(leave) :]:
+        own = node.target in MOVES or (node.target is aten.layer_norm.default and common_path([node]).startswith(path))
+        if node is not leave and not own:
+            break
+        if shape_of(node) == wanted:
+            return node
+    return leave
 
 
 def _entries(
