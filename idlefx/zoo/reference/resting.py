@@ -173,12 +173,15 @@ class Tokens:
         class_token: The position of the class token, if there is one.
         dims: Where the tokens stand in the residual stream: on a grid in two dimensions, rows and columns.
         unit: Where attention is over windows, what idles: whole "windows", or "tokens" in each.
+        inside: Whether the block itself makes windows of the stream before it begins, so that its tokens are numbered
+            window by window.
     """
 
     prefix: tuple[int, ...]
     class_token: int | None
     dims: tuple[int, ...] = (1,)
     unit: str = ""
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def look(
         model: The dense model.
         paths: Module paths of its blocks, in order.
         call: Runs the model on a batch of different images.
-        grids: For blocks whose tokens stand on a grid, the numbers of rows and columns.
+        grids: For blocks whose tokens stand on a grid, the sizes of its sides.
     """
     inputs: dict[str, Tensor] = {}
     streams: dict[str, Tensor] = {}
@@ -215,7 +218,7 @@ def look(
         for path in paths:
 
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-                inputs[path] = _stream((args, kwargs), rank=4 if path in grids else 3)
+                inputs[path] = _stream((args, kwargs), rank=2 + max(1, len(grids.get(path, ()))))
                 streams[path] = _stream(output, inputs[path].shape)
 
             stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
@@ -230,13 +233,18 @@ def look(
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     last = paths[-1]
     reads = [_read(leaf, streams[last], dims[last]) for leaf in leaves if last in flat]
-    return {path: replace(_tokens(prefixes[x.shape[1]], reads), dims=dims[path]) for path, x in flat.items()}
+    found = {path: replace(_tokens(prefixes[x.shape[1]], reads), dims=dims[path]) for path, x in flat.items()}
+    shapes = {path: tuple(inputs[path].shape[d] for d in dims[path]) for path in flat}
+    return {path: replace(t, inside=shapes[path] != grids.get(path, shapes[path])) for path, t in found.items()}
 
 
 def _token_dims(x: Tensor, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the tokens stand: on a grid in two dimensions of its sizes, next to each other."""
-    sides = [(d, d + 1) for d in range(1, x.ndim - 1) if tuple(x.shape[d : d + 2]) == grid]
-    return sides[0] if sides else (1,)
+    """Where the tokens stand: on a grid in dimensions of its sizes, next to each other, or of as many places."""
+    count = len(grid)
+    dims = [tuple(range(d, d + count)) for d in range(1, x.ndim - count + 1)] if grid else []
+    same = [sides for sides in dims if tuple(x.shape[d] for d in sides) == grid]
+    as_many = [sides for sides in dims if math.prod(x.shape[d] for d in sides) == math.prod(grid)]
+    return (*same, *as_many, (1,))[0]
 
 
 def tokens_first(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -335,7 +343,7 @@ def _idling(
                 given = tree_map_only(Tensor, lambda t: stream if t is x else t, (args, kwargs))
                 return dense(*given[0], **given[1])
 
-            output, excess = rested(run, x, tokens.dims, keep, chosen, tokens.unit)
+            output, excess = rested(run, x, tokens.dims, keep, chosen, tokens.unit, inside=tokens.inside)
             excesses.append(excess)
             return output
         batch, count = x.shape[0], math.prod(x.shape[dim] for dim in tokens.dims)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum)
 SOFTMAXES = (torch.softmax, Tensor.softmax, F.softmax)
 NOBODY = -1
 
@@ -46,6 +46,8 @@ class WindowAttention(TorchFunctionMode):
             self._product = None
             return func(self._hide(args[0]), *args[1:], **kwargs)
         result = func(*args, **kwargs)
+        if func is torch.einsum and kwargs == {} and len(args) == 3:
+            args = (args[1], args[2].transpose(-2, -1))  # of queries and keys, if their features are summed up
         if func in PRODUCTS and result.shape[-1] == result.shape[-2]:
             self._product = (args[0], args[1], result.numel())
         return result
@@ -125,7 +127,14 @@ def _slots(tokens: Tensor, q: Tensor, k: Tensor) -> Slots:
 
 
 def rested(
-    run: Callable[[Tensor], Any], x: Tensor, dims: tuple[int, ...], keep: float, chosen: Tensor, unit: str
+    run: Callable[[Tensor], Any],
+    x: Tensor,
+    dims: tuple[int, ...],
+    keep: float,
+    chosen: Tensor,
+    unit: str,
+    *,
+    inside: bool = False,
 ) -> tuple[Any, float]:
     """A block in which some windows work, or some tokens of each window.
 
@@ -136,6 +145,7 @@ def rested(
         keep: Share that works.
         chosen: Positions (B, n) that work, as another implementation chose them; N stands for no token.
         unit: What idles, whole "windows" or "tokens" in each.
+        inside: Whether these positions are counted window by window, and not as the tokens stand in the stream.
 
     Returns:
         What the block returns; and by how much the best that was not chosen outscores the worst that was, in standard
@@ -145,10 +155,13 @@ def rested(
         ValueError: Other windows or tokens work than the rule allows.
     """
     batch, count = x.shape[0], math.prod(x.shape[d] for d in dims)
-    works = torch.zeros(batch, count + 1, dtype=torch.bool).scatter_(1, chosen, True)[:, :count].flatten()
     slots = find_slots(run, x, dims)
     if not slots or any(not torch.equal(each.window, slots[0].window) for each in slots):
         raise ValueError("the block runs no attention over windows that the reference recognises")
+    if inside:
+        by_window = dict.fromkeys(map(tuple, slots[0].tokens.tolist()))  # the rows of one head, in their order
+        chosen = torch.tensor(list(by_window)).view(batch, count).remainder(count).gather(1, chosen)
+    works = torch.zeros(batch, count + 1, dtype=torch.bool).scatter_(1, chosen, True)[:, :count].flatten()
     queries, keys = (torch.cat(parts, 1) for parts in zip(*((s.queries, s.keys) for s in slots), strict=True))
     window, image = slots[0].window, torch.arange(batch).repeat_interleave(count)
     mean = _means(queries, image if unit == "windows" else window)
