@@ -4,6 +4,7 @@
 2. The block is copied onto them. What it reads by token position is taken at the same positions, and every size
    that counts tokens is written anew, both as `propagation` proved them.
 3. Where attention is over windows, the tokens are taken window by window, and what makes windows of them is a reshape.
+   Where the stream itself stands in windows, this is the first thing and its way back the last.
 4. The result is put back into the stream: what does so stands for the block's exit everywhere.
 5. The dense blocks are removed, once all are rewritten: until then the positions of the others look unread.
 """
@@ -13,13 +14,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from idlefx.analysis import layouts as lay
 from idlefx.analysis.blocks import Opened, open_blocks
+from idlefx.analysis.edits import Rearrange
 from idlefx.analysis.subset import Subset
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import Made, Role, only_made_for
 from idlefx.graph.queries import remove_dead
+from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.rebuilder import Rebuilder
+from idlefx.rewriting.told_layouts import rearranging
 from idlefx.runtime import gather_scatter, windows
 
 aten = torch.ops.aten
@@ -57,7 +62,14 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
         gathered = add(aten.unsqueeze.default, gathered, block.token_dim, role="gather")
     chosen = only_made_for(graph, block.index, "chosen") if step.unit else None
     working = Subset(index, block.prefix, block.image_positions, step.kept, over, step.unit, chosen)
-    worked = Rebuilder(graph, opened.walk, working, {entry: gathered}, name, Made(block.index, "work"))(opened.exit)
+    before, walk = lay.stream(shape_of(entry), block.token_dims, block.batch_dim), opened.walk
+    if walk.apart:
+        told = rearranging(working, Rearrange(entry, before, walk[entry]), gathered)
+        gathered = add(windows.rearrange, *told, role="work")
+    worked = Rebuilder(graph, walk, working, {entry: gathered}, name, Made(block.index, "work"))(opened.exit)
+    if walk.apart:
+        told = rearranging(working, Rearrange(opened.exit, walk[opened.exit], before), worked)
+        worked = add(windows.rearrange, *told, role="work")
     if not block.grid:
         return add(put, tokens, index, worked, *dims, place, role="scatter")
     worked = add(aten.flatten.using_ints, worked, *flat, role="work")

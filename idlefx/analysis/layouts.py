@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from idlefx.analysis.partition import Partition
 from idlefx.graph.sizes import FREE_BATCH
 
@@ -70,6 +72,13 @@ def stream(shape: list[int], token_dims: Sequence[int], batch_dim: int) -> Layou
         axes[d] if d in axes else (Factor(size, "batch"),) if d == batch_dim else features(size)
         for d, size in enumerate(shape)
     )
+
+
+def apart(layout: Layout) -> Layout:
+    """The layout of a stream on a grid, whose sides are those of a partition: attention may be over some of them."""
+    grid = grid_of(layout)
+    own = Partition.of(torch.arange(math.prod(grid)).view(grid))
+    return tuple(tuple(replace(f, partition=own) if f.role == "tokens" else f for f in dim) for dim in layout)
 
 
 def size(dim: Dim) -> int:

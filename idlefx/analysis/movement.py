@@ -51,7 +51,7 @@ def layout_of(walk: Walk, node: fx.Node) -> Any:
         layout = rule_of(node)(walk, node)
     except RefusedOperation:
         layout, ruled = _moved(node, before), False
-    named = in_stream_order(layout, walk.grid)
+    named = layout if walk.apart else in_stream_order(layout, walk.grid)
     moves = any(f.partition is not None for each in (layout, before) for dim in each for f in dim)
     source = _start(walk, operand) if moves else operand
     as_ruled = ruled and source is operand and named == layout
@@ -85,12 +85,12 @@ def _moved(node: fx.Node, before: Layout) -> Layout:
     if node.target in _PADS and not _pads_zeros(node):
         refuse(node, "pads the tokens with something other than zeros")
     (images,) = factors_of(before, "batch")
-    batch = SMALL_BATCH if images.size == FREE_BATCH else images.size
+    batch = SMALL_BATCH * images.size // FREE_BATCH if images.size % FREE_BATCH == 0 else images.size
     features = math.prod(f.size for f in factors_of(before, ""))
     told = numbers(before, sides, batch)
     operand = node.args[0]
     args: Any
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: told if n is operand else number(n, batch))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: told if n is operand else number(n, SMALL_BATCH))
     target: Any = _FREE.get(node.target, node.target)
     try:
         moved = torch.constant_pad_nd(told, list(args[1]), NOBODY) if node.target in _PADS else target(*args, **kwargs)

@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.edits import Rearrange
 from idlefx.analysis.layouts import Layout
+from idlefx.analysis.standing import in_stream_order
 from idlefx.analysis.walk import Walk
 from idlefx.graph.queries import argument
 from idlefx.graph.sizes import FREE_BATCH, SMALL_BATCH, number, shape_of
@@ -113,7 +114,7 @@ def stream_source(walk: Walk, node: fx.Node) -> fx.Node | None:
     """Where the tokens of a node stand in the stream's own order: itself, or what was moved to make it."""
     edits = [edit for edit in walk.edits.get(node, []) if isinstance(edit, Rearrange)]
     source = edits[0].source if edits else node
-    return None if any(f.partition for dim in walk[source] for f in dim) else source
+    return None if any(f.partition for dim in in_stream_order(walk[source], walk.grid) for f in dim) else source
 
 
 def _with_numbers(step: fx.Node, numbers: Any) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
-"""Which dimensions of a residual stream hold the tokens: one of a sequence, two next to each other of a grid."""
+"""Which dimensions of a residual stream hold the tokens: one of a sequence, neighbours that are the sides of a grid."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from torch import fx
@@ -20,7 +21,7 @@ class Axes(NamedTuple):
     """Dimensions of a residual stream.
 
     Attributes:
-        tokens: Those of the tokens, rows before columns.
+        tokens: Those of the tokens, from the outermost side of a grid, such as its rows, to the innermost.
         batch: That of the batch.
     """
 
@@ -38,10 +39,10 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
     Raises:
         RefusedOperation: There are none, or something inside the block is read outside.
     """
-    if len(shape_of(trunk.entry)) not in (3, 4):
+    if len(shape_of(trunk.entry)) not in (3, 4, 5):
         raise RefusedOperation(
             f"the residual stream has {len(shape_of(trunk.entry))} dimensions instead of batch, tokens and features, "
-            f"or batch, rows, columns and features (at {source_line(trunk.entry)})"
+            f"or batch, two or three sides of a grid, and features (at {source_line(trunk.entry)})"
         )
     _check_closed(trunk, nodes)
     refusals: list[tuple[Axes, RefusedOperation]] = []
@@ -52,7 +53,7 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
         except RefusedOperation as refusal:
             refusals.append((axes, refusal))
             continue
-        if walk[trunk.exit] == layout:
+        if walk[trunk.exit] == walk[trunk.entry]:
             return axes, walk
         refusals.append((axes, RefusedOperation("the tokens leave the block in another order", trunk.exit)))
     # What does not hold the tokens is refused early: of the axes that went furthest is said what matters. The last
@@ -63,7 +64,7 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
 
 
 def follow_block(nodes: list[fx.Node], entry: fx.Node, layout: lay.Layout, cores: Sequence[Core]) -> Walk:
-    """Follow the tokens by the rules alone, or through what moves them where the rules refuse.
+    """Follow the tokens by the rules alone; where these refuse, through what moves them, or in windows of the stream.
 
     Args:
         nodes: The block.
@@ -77,14 +78,19 @@ def follow_block(nodes: list[fx.Node], entry: fx.Node, layout: lay.Layout, cores
     try:
         return follow(nodes, {entry: layout})
     except RefusedOperation as refusal:
-        if refusal.node is None or refusal.node.target not in MOVES:
-            raise
+        first = refusal
+    if first.node is not None and first.node.target in MOVES:
         try:
             return follow_windows(nodes, {entry: layout}, cores)
         except RefusedMovement:
             raise
-        except RefusedOperation:
-            raise refusal from None
+        except RefusedOperation as second:
+            if second.node is not None and nodes.index(second.node) > nodes.index(first.node):
+                first = RefusedOperation(f"{first}, behind which {second}", first.node)
+    elif lay.grid_of(layout):
+        with suppress(RefusedOperation):
+            return follow_windows(nodes, {entry: lay.apart(layout)}, cores)
+    raise first
 
 
 def attends_over_batch(core: Core) -> bool:
@@ -111,5 +117,6 @@ def _possible(stream: fx.Node) -> Iterator[Axes]:
         for batch in symbolic or [0, 1]:
             yield from (Axes((d,), batch) for d in [d for d in range(2) if d != batch] + [2])
     else:
+        sides = len(shape) - 2
         for batch in symbolic or [0]:
-            yield from (Axes((d, d + 1), batch) for d in range(3) if batch not in (d, d + 1))
+            yield from (Axes(tuple(range(d, d + sides)), batch) for d in range(3) if not d <= batch < d + sides)

@@ -23,12 +23,14 @@ class Walk:
         layouts: Those that were found, by node.
         edits: What must change for fewer tokens, by node.
         grid: Sizes of the grid that the tokens of the stream stand on, if they do.
+        apart: Whether the sides of that grid are windows and their slots, and so stand apart in all that is found.
         windows: What the attention is over, where it is over windows.
     """
 
     layouts: dict[fx.Node, Any]
     edits: dict[fx.Node, list[Edit]] = field(default_factory=dict)
     grid: tuple[int, ...] = ()
+    apart: bool = False
     windows: Windows | None = None
 
     def __getitem__(self, node: Any) -> Layout:
