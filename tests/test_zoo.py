@@ -10,7 +10,8 @@ import torch
 from idlefx.cli.main import main
 from idlefx.pipeline import convert, inspect
 from idlefx.zoo import comparisons, survey, table
-from idlefx.zoo.models import DEPTH, QUICK, Entry, entries
+from idlefx.zoo.entry import DEPTH, Entry
+from idlefx.zoo.models import QUICK, entries
 from tests.models import small
 from tests.models.small import MODELS
 from tests.oracles import reference, zoo

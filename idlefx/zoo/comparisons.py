@@ -12,7 +12,7 @@ from idlefx.records import BlockTable
 from idlefx.runtime.module import IdleModule
 from idlefx.runtime.selections import groups, selections
 from idlefx.zoo import reference as reference
-from idlefx.zoo.models import Inputs
+from idlefx.zoo.entry import Inputs
 from idlefx.zoo.reference import following
 from idlefx.zoo.reference.groups import Stage
 

@@ -26,7 +26,8 @@ from idlefx.zoo.comparisons import (
     run,
     worse,
 )
-from idlefx.zoo.models import Entry, Inputs, entries, images
+from idlefx.zoo.entry import Entry, Inputs, images
+from idlefx.zoo.models import entries
 
 EXAMPLE_BATCH, BATCH = 2, 3
 TOLERANCE = 1e-5
@@ -137,8 +138,8 @@ def _note(refusals: Sequence[str]) -> str:
 
 
 def _with_short_name(reason: str) -> str:
-    """A reason that ends with a line of a file, without the folders of that file."""
-    return re.sub(r"\(at \S*?([^/\s]+:\d+).*$", r"(\1)", reason)
+    """A reason that names lines of files, without the folders of those files and what is written there."""
+    return re.sub(r"\(at \S*?([^/\s]+:\d+).*?(?=, behind which|$)", r"(\1)", reason)
 
 
 def _following_note(followed: FollowingComparison) -> str:

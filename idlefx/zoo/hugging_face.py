@@ -1,0 +1,158 @@
+"""Models of Hugging Face's transformers; most lines name a class and the sizes that make it small."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from idlefx.zoo.entry import DEPTH, Entry, Inputs, Options, images
+
+
+def _patches(batch: int) -> Inputs:
+    return {
+        "pixel_values": torch.randn(batch, 1, 1) + torch.randn(batch, 25, 3 * 64),
+        "pixel_attention_mask": torch.ones(batch, 25, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[5, 5]] * batch),
+    }
+
+
+def _with_noise(batch: int) -> Inputs:
+    return {"pixel_values": images(batch), "noise": torch.rand(batch, 25)}
+
+
+def _film(batch: int, frames: int) -> Inputs:
+    return {"pixel_values": torch.randn(batch, 1, 3, 1, 1) + torch.randn(batch, frames, 3, 40, 40)}
+
+
+def _wide(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 1, 1) + torch.randn(batch, 3, 32, 48)
+
+
+def _sounds(batch: int) -> Inputs:
+    return {"input_features": torch.randn(batch, 1, 1, 1) + torch.randn(batch, 1, 64, 64)}
+
+
+_of_64_pixels = partial(images, side=64)
+FACE = {
+    "hidden_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 96,
+    "image_size": 40, "patch_size": 8,
+}  # fmt: skip
+DENSE = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16] * 4}
+FACE_SWIN = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4,
+}  # fmt: skip
+SHIFTED = {**FACE_SWIN, "depths": [2, 1]}
+PADDED, WIDE = {**SHIFTED, "image_size": 36}, {**SHIFTED, "image_size": [32, 48], "window_size": 3}
+STAGES = {**SHIFTED, "out_indices": [1, 2]}
+SUPER = {**SHIFTED, "image_size": 16, "patch_size": 1}
+FACE_SAM = {"image_size": 64, "window_size": 3, "global_attn_indexes": [2], "output_channels": 16, "mlp_dim": 96}
+FACE_SAM_3 = {"image_size": 64, "window_size": 4, "global_attn_indexes": [1], "pretrain_image_size": 32}
+FACE_SAM_2 = {
+    "image_size": [64, 64], "hidden_size": 16, "num_attention_heads": 1, "blocks_per_stage": [1, 2, 3, 2],
+    "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "window_size_per_stage": [4, 2, 2, 2], "global_attention_blocks": [4],
+    "window_positional_embedding_background_size": [4, 4],
+}  # fmt: skip
+VIT_DET = {"image_size": 64, "pretrain_image_size": 64, "window_block_indices": [0], "window_size": 3}
+BIASED = {**VIT_DET, "window_size": 4, "use_relative_position_embeddings": True, "out_indices": [1, 3]}
+LW_DETR = {"image_size": 64, "pretrain_image_size": 64, "num_windows": 4, "out_indices": [1, 3]}
+FACE_HIERA = {
+    "image_size": [64, 64], "embed_dim": 16, "depths": [2, 2, 2, 1], "num_heads": [1, 2, 2, 2],
+    "embed_dim_multiplier": 2.0,
+}  # fmt: skip
+CLAP = {
+    "patch_size": 4, "patch_stride": [4, 4], "spec_size": 64, "num_mel_bins": 64, "window_size": 4, "hidden_size": 48,
+    "patch_embeds_hidden_size": 24, "depths": [2, 1], "num_attention_heads": [2, 2], "num_hidden_layers": 2,
+}  # fmt: skip
+FLORENCE = {
+    "embed_dim": [16, 16, 32, 32], "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4, "window_size": 4,
+}  # fmt: skip
+POOLED = {"hidden_sizes": [16, 16, 32, 32], "depths": [1] * 4, "num_attention_heads": [1, 2, 2, 2], "image_size": 64}
+CONVOLVES = "convolves over neighbouring tokens"
+HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label, class, options, how the entry differs
+    ("ViT", "ViTModel", {}, {}),
+    ("ViT classifier", "ViTForImageClassification", {}, {}),
+    ("DeiT", "DeiTModel", {}, {}),
+    ("DeiT with teacher", "DeiTForImageClassificationWithTeacher", {}, {}),
+    ("BEiT", "BeitModel", {"use_relative_position_bias": True}, {}),
+    ("BEiT, shared bias", "BeitForImageClassification", {"use_shared_relative_position_bias": True}, {}),
+    ("Data2Vec vision", "Data2VecVisionModel", {"use_relative_position_bias": True}, {}),
+    ("DINOv2", "Dinov2Model", {}, {}),
+    ("DINOv2, SwiGLU", "Dinov2ForImageClassification", {"use_swiglu_ffn": True}, {}),
+    ("DINOv2 backbone", "Dinov2Backbone", {"out_indices": [1, 3]}, {}),
+    ("DINOv2 with registers", "Dinov2WithRegistersModel", {}, {}),
+    ("DINOv3 ViT", "DINOv3ViTModel", {"num_register_tokens": 4}, {}),
+    ("DINOv3 ViT, gated", "DINOv3ViTModel", {"num_register_tokens": 4, "use_gated_mlp": True}, {}),
+    ("CLIP vision", "CLIPVisionModel", {}, {}),
+    ("CLIP vision, projected", "CLIPVisionModelWithProjection", {}, {}),
+    ("MetaCLIP 2 vision", "MetaClip2VisionModel", {}, {}),
+    ("SigLIP vision", "SiglipVisionModel", {}, {}),
+    ("SigLIP2 vision", "Siglip2VisionModel", {"num_patches": 25}, {"inputs": _patches}),
+    ("I-JEPA", "IJepaModel", {}, {}),
+    ("ViT-MAE encoder", "ViTMAEModel", {"mask_ratio": 0.0}, {"inputs": _with_noise}),
+    ("ViT-MSN", "ViTMSNModel", {}, {}),
+    ("AIMv2", "Aimv2VisionModel", {}, {}),
+    ("TIPSv2", "Tipsv2VisionModel", {}, {}),
+    ("Sapiens2", "Sapiens2Model", {}, {}),
+    ("InternVL vision", "InternVLVisionModel", {"image_size": [40, 40], "patch_size": [8, 8]}, {}),
+    ("OwlViT vision", "OwlViTVisionModel", {}, {}),
+    ("BLIP vision", "BlipVisionModel", {}, {"attention": "eager"}),
+    ("FLAVA image", "FlavaImageModel", {}, {"attention": "eager"}),
+    ("ViViT", "VivitModel", {"num_frames": 2, "tubelet_size": [2, 8, 8]}, {"inputs": partial(_film, frames=2)}),
+    ("VideoMAE", "VideoMAEModel", {"num_frames": 4}, {"inputs": partial(_film, frames=4)}),
+    ("DPT backbone", "DPTModel", {"backbone_out_indices": [0, 1, 2, 2]}, {}),
+    ("DPT depth", "DPTForDepthEstimation", {**DENSE, "fusion_hidden_size": 16}, {"blocks": 4}),
+    ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, {}),
+    ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager"}),
+    ("ViTDet, relative position", "VitDetBackbone", BIASED, {"attention": "eager"}),
+    ("LW-DETR ViT", "LwDetrViTBackbone", LW_DETR, {"refused": "for every batch"}),
+    ("SAM vision", "SamVisionModel", FACE_SAM, {}),
+    ("SAM-HQ vision", "SamHQVisionModel", FACE_SAM, {}),
+    ("SAM 2 Hiera", "Sam2HieraDetModel", FACE_SAM_2, {"blocks": 8, "refused": "max_pool2d", "inputs": _of_64_pixels}),
+    ("SAM 3 ViT", "Sam3ViTModel", FACE_SAM_3, {}),
+    ("SAM 3 ViT, padded", "Sam3ViTModel", {**FACE_SAM_3, "window_size": 3}, {"attention": "sdpa"}),
+    ("Hiera", "HieraModel", FACE_HIERA, {"blocks": 7, "refused": "over the token axis"}),
+    ("Swin", "SwinModel", FACE_SWIN, {"blocks": 2}),
+    ("Swin, padded", "SwinModel", PADDED, {"attention": "eager"}),
+    ("Swin backbone", "SwinBackbone", STAGES, {}),
+    ("Swin v2", "Swinv2Model", FACE_SWIN, {"blocks": 2, "attention": "eager"}),
+    ("Swin v2, padded", "Swinv2Model", PADDED, {"attention": "eager"}),
+    ("Swin v2 backbone", "Swinv2Backbone", STAGES, {"attention": "eager"}),
+    ("Donut Swin", "DonutSwinModel", FACE_SWIN, {"blocks": 2, "attention": "eager"}),
+    ("Donut Swin, not square", "DonutSwinModel", WIDE, {"attention": "eager", "inputs": _wide}),
+    ("MaskFormer Swin", "MaskFormerSwinBackbone", STAGES, {"attention": "eager"}),
+    ("Swin2SR", "Swin2SRForImageSuperResolution", SUPER, {"attention": "eager"}),
+    ("CLAP audio", "ClapAudioModel", CLAP, {"attention": "eager", "inputs": _sounds}),
+    (
+        "Florence-2 DaViT",
+        "Florence2VisionBackbone",
+        FLORENCE,
+        {"attention": "eager", "blocks": 8, "refused": CONVOLVES},
+    ),
+    ("SegFormer", "SegformerModel", POOLED, {"attention": "eager", "blocks": 4, "refused": CONVOLVES}),
+    ("PVT", "PvtModel", POOLED, {"attention": "eager", "blocks": 4, "refused": CONVOLVES}),
+)
+
+
+def hugging_face(name: str, options: Options, attention: str) -> nn.Module:
+    """A Hugging Face model of that class."""
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ImportError(f"this version of transformers has no {name}")
+    own = {"embed_dim", "hidden_sizes", "patch_stride", "embed_dim_per_stage"} & set(options)  # sizes of each stage
+    sizes = options if own else {**FACE, **options}
+    model: nn.Module = kind(kind.config_class(**sizes, attn_implementation=attention))
+    return model
+
+
+def hugging_face_entries() -> Iterator[Entry]:
+    """The rows, one for each way of attention."""
+    for label, name, options, given in HUGGING_FACE:
+        own = dict(given)
+        for attention in own.pop("attention", "sdpa eager").split():
+            build = partial(hugging_face, name, options, attention)
+            yield Entry(f"{label}, {attention}", f"transformers {name}", build, **own)
