@@ -107,3 +107,26 @@ class Neighbours(Block):
 def test_a_refusal_says_what_stands_behind_the_windows():
     (block,) = idlefx.inspect(Windowed(Neighbours(6, 9)).eval(), pictures(2, 6, 9))
     assert says(block.refusal, "breaks up the token axis", "behind which", "convolves over", r"windows\.py:\d+: ")
+
+
+class Asked(nn.Module):
+    """Every second block asks with queries that are made of what enters the stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.neck = nn.Conv2d(3, 24, 4, 4), nn.Linear(24, 5)
+        self.norms = nn.ModuleList(nn.LayerNorm(24) for _ in range(4))
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(24, 3, batch_first=True) for _ in range(4))
+
+    def forward(self, x):
+        x = entered = self.patches(x).flatten(2).transpose(1, 2)
+        for place, (norm, attention) in enumerate(zip(self.norms, self.attentions, strict=True)):
+            y = norm(x)
+            x = x + attention(entered.flip(2) if place % 2 else y, y, y, need_weights=False)[0]
+        return self.neck(x)
+
+
+def test_queries_from_elsewhere_are_refused_and_leave_the_other_blocks_alone():
+    table = idlefx.inspect(Asked().eval(), pictures(2, 4, 6))
+    assert [block.can_idle for block in table] == [True, False, True, False]
+    assert says(table[1].refusal, "takes queries, keys or values from outside the block", r"test_apart\.py:\d+: ")

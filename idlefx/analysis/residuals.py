@@ -50,8 +50,9 @@ class Branch:
 def attention_branch(flow: nx.DiGraph, source: fx.Node, core: Core, outs: set[fx.Node]) -> Branch | None:
     """The residual branch that an attention stands in, if its result is added back to anything.
 
-    It starts at the nearest dominator of the attention that is also an addend behind it; or, where a stage begins and
-    the stream itself is projected or pooled on its way to the sum, where the two part.
+    It starts at the nearest dominator of the attention that is also an addend behind it, or of its keys, where the
+    queries come from elsewhere; or, where a stage begins and the stream itself is projected or pooled on its way to the
+    sum, where the two part.
 
     Args:
         flow: Data flow from the image.
@@ -59,12 +60,13 @@ def attention_branch(flow: nx.DiGraph, source: fx.Node, core: Core, outs: set[fx
         core: The attention.
         outs: Results of all attention.
     """
-    dominators = set(dominator_chain(flow, source, core.out))
-    for node in post_dominator_chain(flow, core.out):
-        if node.target in _ADDITIONS:
-            start = _addend_among(dominators, node, shape_of(node))
-            if start is not None:
-                return Branch(start, node)
+    for reached in (core.out, core.key):
+        dominators = set(dominator_chain(flow, source, reached)) if reached in flow else set()
+        for node in post_dominator_chain(flow, core.out):
+            if node.target in _ADDITIONS:
+                start = _addend_among(dominators, node, shape_of(node))
+                if start is not None:
+                    return Branch(start, node)
     return _changed_stream(flow, source, core, outs)
 
 

@@ -94,7 +94,7 @@ ROWS = (
     _Row("maxxvit", "coatnext_nano_rw_224", MAXVIT, 4, "avg_pool2d"),
     _Row("nest", "Nest", NEST, 3),
     _Row("nest", "Nest", {**NEST, "pad_type": "same"}, 3, also="unfused", fused=False),
-    _Row("gcvit", "GlobalContextVit", {**GCVIT, "window_size": (4, 4, 4, 2)}, 4, "from outside the block"),
+    _Row("gcvit", "GlobalContextVit", {**GCVIT, "window_size": (4, 4, 4, 2)}, 7, "from outside the block"),
     _Row("twins", "twins_svt_small", {"img_size": 64}, 18, POOLED),
     _Row("hiera", "hiera_tiny_224", {"img_size": 64}, 12, POOLED),
     _Row("hiera", "hiera_base_plus_224", {**HIERA, "num_heads": 2}, 8, POOLED),
