@@ -91,3 +91,26 @@ def test_work_that_has_no_size_for_one_image_is_refused_in_words():
     with pytest.raises(idlefx.BlockError) as caught:
         idlefx.inspect(Fours().eval(), torch.randn(8, 8, PATCH))
     assert says(str(caught.value), r"no size for a batch of one", r"test_packed\.py:\d+: ", r"must count images")
+
+
+class Segments(nn.Module):
+    """Attention over each of several images that are packed into one sequence, as long as these lengths say."""
+
+    def __init__(self, lengths: Tensor | list[int]) -> None:
+        super().__init__()
+        self.patches, self.block = nn.Linear(PATCH, WIDTH), Block()
+        self.lengths = lengths
+
+    def forward(self, patches: Tensor) -> Tensor:
+        lengths = self.lengths.tolist() if isinstance(self.lengths, Tensor) else self.lengths
+        return torch.cat([self.block(image) for image in self.patches(patches)[None].split(lengths, 1)], 1)
+
+
+def test_lengths_of_packed_images_must_be_plain_numbers_and_images_apart():
+    x = torch.randn(16, PATCH)
+    with pytest.raises(idlefx.CaptureError) as caught:
+        idlefx.inspect(Segments(torch.tensor([10, 6])).eval(), x)
+    assert says(str(caught.value), "lengths of packed images, must be plain numbers", r"test_packed\.py:\d+")
+    with pytest.raises(idlefx.IdleFxError) as caught:
+        idlefx.inspect(Segments([10, 6]).eval(), x)
+    assert says(str(caught.value), r"packed into one|dimension 0|batch")

@@ -119,9 +119,11 @@ def explain(model: nn.Module, inputs: Args, error: Exception) -> IdleFxError:
         )
         refusal.__cause__ = eager
         return refusal
+    told = "data-dependent" in first_line(error)
     refusal = CaptureError(
         f"capture: torch.export cannot trace the model: {first_line(error)} (at {_own_line(error)}); "
         "a forward without control flow on tensor values (use torch.where), `.item()` and side effects usually helps"
+        + ("; sizes that a tensor tells, such as lengths of packed images, must be plain numbers" if told else "")
     )
     refusal.__cause__ = error
     return refusal
