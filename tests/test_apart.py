@@ -6,6 +6,7 @@ from torch import nn
 
 import idlefx
 from idlefx.records import Step
+from idlefx.reporting import token_map
 from idlefx.runtime.selections import selections
 from idlefx.zoo.comparisons import compare
 from tests.models.apart import COLUMNS, ROWS, SLOTS, WINDOWS, build, films
@@ -38,6 +39,7 @@ def test_idles_as_the_reference_does_with_masks(kind, unit):
     assert [(block.grid, block.windows, block.refusal, block.whole_only) for block in table] == [
         (*KINDS[kind], "", "")
     ] * 2
+    assert all("stands in windows" in block.rest_only for block in table) == (KINDS[kind][0] == KINDS[kind][1])
     idle = idlefx.convert(model, layers=[0, 1], keep=[0.7, 0.4], unit=unit, example_inputs=films(2))
     found = compare(model, idle, table, films(3, seed=1))
     assert found.error < 1e-6 and found.excess < 1e-5, found
@@ -65,6 +67,14 @@ def test_idle_tokens_of_a_stream_in_windows_leave_it_bit_identical(unit):
     of_each = worked.all(2).sum(1) if unit == "windows" else worked.sum(2)
     assert of_each.unique().tolist() == [WINDOWS // 2 if unit == "windows" else SLOTS // 2]
     assert worked.sum((1, 2)).tolist() == [WINDOWS * SLOTS // 2] * 3
+
+
+@pytest.mark.parametrize("kind", ["fused", "film"])
+def test_no_picture_is_drawn_of_tokens_that_form_no_grid_over_the_image(kind, tmp_path):
+    idle = idlefx.convert(build(kind, 1), layers=[0], keep=0.5, example_inputs=films(2))
+    assert idle.plan.blocks[0].grid == KINDS[kind][0]
+    with pytest.raises(idlefx.InputError, match=r"draw: the tokens of block 0 \(blocks.0\) form no grid"):
+        token_map._workers(idle, films(1))
 
 
 class Split(nn.Module):

@@ -161,6 +161,8 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
 
 def _cannot_follow(walk: Walk, block: Block, cores: Iterable[Core]) -> str:
     """Why no key can stand for several tokens; empty if it can."""
+    if walk.apart:
+        return "its stream itself stands in windows, where tokens can only rest yet"
     if block.windows:
         return "its attention is over windows, where tokens can only rest yet"
     try:
