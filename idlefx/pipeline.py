@@ -31,6 +31,7 @@ from idlefx.passes import (
 from idlefx.planning.model_plan import ModelPlan, given_plan, plain
 from idlefx.planning.schedule import fits, make_plan
 from idlefx.records import BlockTable, Plan
+from idlefx.rewriting.memory_order import keep_contiguous
 from idlefx.rewriting.verify import promise_of, verify
 from idlefx.runtime import weights
 from idlefx.runtime.answers import answers_of
@@ -230,6 +231,7 @@ def run_passes(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx
             if step in (add_cut_loss, return_stream):  # which promise more than they found
                 promise = replace(promise, outputs=(*promise.outputs, *promise_of(module).outputs[-1:]))
             verify(module, promise, step.__name__)
+        keep_contiguous(module.graph, promise.contiguous)
     finally:
         inference.forget(module.graph)
     module.recompile()

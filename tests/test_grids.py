@@ -122,3 +122,14 @@ def test_the_token_cut_loss_is_added():
     output, loss = idlefx.with_cut_loss(idle)(pictures(2))
     torch.testing.assert_close(output, idle(pictures(2)))
     assert loss > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["first", "last"])
+def test_maps_that_were_contiguous_are_so_again(kind):
+    model, x = build(kind, 1, tells=True), pictures(2)
+    idle = idlefx.convert(model, layers=[0], keep=0.6, example_inputs=x)
+    dense = model(x)
+    assert dense[0].is_contiguous() and dense[1].is_contiguous() == (kind == "first")
+    for before, after in zip(dense, idle(x), strict=True):
+        assert after.is_contiguous() or not before.is_contiguous()

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from idlefx.errors import PassError
 from idlefx.graph import inference
 from idlefx.graph.queries import output_of, placeholders
+from idlefx.rewriting.memory_order import contiguous_outputs
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,21 @@ class Promise:
         inputs: Names of the inputs.
         outputs: Shape and type of each output.
         state: Names of parameters and buffers.
+        contiguous: Whether each output is a contiguous tensor; passes need not keep that.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     state: frozenset[str]
+    contiguous: tuple[bool, ...]
 
 
 def promise_of(module: fx.GraphModule) -> Promise:
     """What the module promises now."""
     inputs = tuple(node.name for node in placeholders(module.graph))
     values = map_arg(output_of(module.graph).args, lambda n: n.meta["val"])
-    return Promise(inputs, tuple(_kind(v) for v in tree_leaves(values)), frozenset(module.state_dict()))
+    outputs, state = tuple(_kind(v) for v in tree_leaves(values)), frozenset(module.state_dict())
+    return Promise(inputs, outputs, state, contiguous_outputs(module.graph))
 
 
 def _kind(value: Any) -> str:
