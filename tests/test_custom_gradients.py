@@ -10,6 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 import idlefx
+from idlefx.capture.custom_gradients import custom_gradient
 from idlefx.deploy import torch_compile
 from tests.models.small import build, images
 from tests.support.messages import refusal, says
@@ -181,3 +182,10 @@ def test_compiled_converted_model_refuses_too():
     with torch.no_grad():
         assert torch.allclose(fast(x), idle(x), atol=1e-5)
     assert says(refusal(lambda: fast(x).sum().backward()), "Reverse", "inference only")
+
+
+def test_what_a_backward_would_need_is_not_kept_while_looking():
+    x, results = torch.ones(3, requires_grad=True), list[torch.Tensor]()
+    assert custom_gradient(lambda: results.append(x.exp().exp()) or results[0]) == ""
+    with pytest.raises(RuntimeError, match="not kept"):
+        results[0].sum().backward()

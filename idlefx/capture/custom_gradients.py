@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,7 +43,7 @@ def custom_gradient(call: Callable[[], Any]) -> str:
     Args:
         call: Runs the model, with gradients; it is run a second time where something is found.
     """
-    with HookWatch() as watch:
+    with HookWatch() as watch, saved_tensors_hooks(_forget, _remember):
         found = _own_functions(call())
     if watch.stacks:
         return f"a hook on a tensor (at {_line(watch.stacks[0])})"
@@ -66,6 +67,14 @@ def without_backward_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for module, hooks, pre_hooks in kept:
             module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
+
+
+def _forget(saved: torch.Tensor) -> None:
+    """Keep nothing for a backward that nobody runs: at a thousand pixels it is tens of gigabytes."""
+
+
+def _remember(forgotten: None) -> torch.Tensor:
+    raise RuntimeError("what this backward needs was not kept")
 
 
 def _own_functions(outputs: Any) -> list[Any]:
