@@ -82,6 +82,7 @@ def compare_following(
     paths = [block.path for block in table]
     for ties, batch in enumerate(batches):
         tokens = _tokens(model, table, batch)
+        tokens |= {block.path: replace(tokens[block.path], unit="tokens") for block in table if block.windows}
         try:
             answer = following.run(model, paths, plan, tokens, lambda batch=batch: run(model, batch))  # type: ignore[misc]
         except ValueError as reason:

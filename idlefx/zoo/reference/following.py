@@ -10,8 +10,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from idlefx.zoo.reference.first_norm import first_norm
-from idlefx.zoo.reference.groups import Groups, Passage, Result, Stage, class_attention, group, join
+from idlefx.zoo.reference.groups import (
+    Groups,
+    Passage,
+    Result,
+    Stage,
+    class_attention,
+    group,
+    group_in_windows,
+    join,
+)
 from idlefx.zoo.reference.resting import Attention, Tokens, laid_out, tokens_first
+from idlefx.zoo.reference.windows import NOBODY, Slots, WindowAttention, find_slots
 
 
 class Stream:
@@ -87,9 +97,10 @@ def _following(
         def forward(*args: Any, **kwargs: Any) -> Any:
             entry = Stream((args, kwargs), tokens.dims)
             x = entry.value
+            slots = _slots(dense, entry) if tokens.unit else []
             if opens:
                 before = passages[-1] if stage.joins else None
-                groups[stage.first] = _grouped(dense, entry, stage.kept, tokens, before)
+                groups[stage.first] = _grouped(dense, entry, stage.kept, tokens, before, slots)
                 passages.append(Passage(groups[stage.first], x))
             if stage.kept == x.shape[1] - len(tokens.prefix):
                 return dense(*args, **kwargs)
@@ -97,7 +108,8 @@ def _following(
 
             def block(stream: Tensor, sizes: Tensor) -> Tensor:
                 moved, named = entry.replaced(stream)
-                with Attention(x.shape[0], x.shape[1], sizes):
+                weighs = WindowAttention([sizes.flatten()[each.tokens].log() for each in slots])
+                with weighs if slots else Attention(x.shape[0], x.shape[1], sizes):
                     exits.append(Stream(dense(*moved, **named), tokens.dims, entry.shape))
                 return exits[0].value
 
@@ -109,11 +121,36 @@ def _following(
     return [forward_of(block.forward, place == 0) for place, block in enumerate(blocks)]
 
 
-def _grouped(dense: Callable[..., Any], entry: Stream, kept: int, tokens: Tokens, before: Passage | None) -> Groups:
+def _slots(dense: Callable[..., Any], entry: Stream) -> list[Slots]:
+    """Which token stands in which slot, for each attention of a block."""
+
+    def run(stream: Tensor) -> Any:
+        args, kwargs = entry.replaced(stream)
+        return dense(*args, **kwargs)
+
+    found = find_slots(run, entry.value, (1,))
+    if not found or any(not torch.equal(each.table, found[0].table) for each in found):
+        raise ValueError("the block runs no attention over windows that the reference recognises")
+    if (found[0].tokens == NOBODY).any():
+        raise ValueError("the windows of the block are padded")
+    return found
+
+
+def _grouped(
+    dense: Callable[..., Any],
+    entry: Stream,
+    kept: int,
+    tokens: Tokens,
+    before: Passage | None,
+    slots: Sequence[Slots],
+) -> Groups:
     """The grouping that a block begins with; where it joins groups, of what they are by then."""
     x = entry.value if before is None else before.stream
     args, kwargs = entry.replaced(x)  # as they were
     normalised = first_norm(x, lambda: dense(*args, **kwargs))
+    if slots:
+        windows = slots[0].table
+        return group_in_windows(x if normalised is None else normalised, windows, kept * x.shape[0] // len(windows))
     with Attention(*x.shape[:2]) as attention:
         dense(*args, **kwargs)
     if not attention.found:

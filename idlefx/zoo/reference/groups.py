@@ -132,6 +132,23 @@ def join(before: Groups, likeness: Tensor, received: Tensor | None, kept: int, p
     return Groups(leaders, torch.cat(margins))
 
 
+def group_in_windows(likeness: Tensor, windows: Tensor, kept: int) -> Groups:
+    """Choose workers in each window, and whom the others of the window follow, as if it were an image.
+
+    Args:
+        likeness: What tokens are compared by, (B, N, C).
+        windows: The token in each slot of each window of all images, `image * N + position`, (B * windows, slots).
+        kept: Workers in each window.
+    """
+    batch, count, _ = likeness.shape
+    inside = group(likeness.flatten(0, 1)[windows], None, kept, ())
+    leaders = torch.empty(batch * count, dtype=torch.int64)
+    leaders[windows] = windows.gather(1, inside.leaders)
+    images = windows[:, 0] // count
+    margins = torch.stack([inside.margins[images == image].amin() for image in range(batch)])
+    return Groups(leaders.view(batch, count) % count, margins)
+
+
 def class_attention(cores: Iterable[tuple[Tensor, Tensor, Any]], class_token: int | None) -> Tensor | None:
     """What the class token pays to each token, (B, N): the softmax of its scaled logits' mean over all heads.
 

@@ -1,4 +1,4 @@
-"""Windows that rest, and tokens that rest in windows, in the user's own eager modules.
+"""Windows that rest, and tokens that rest or follow in windows, in the user's own eager modules.
 
 Which token stands in which slot is found by running the block: for each bit of their numbers, the tokens that have it
 set are changed, and the keys that change with them have it set too. A slot whose key never changes is padding.
@@ -21,18 +21,19 @@ NOBODY = -1
 
 
 class WindowAttention(TorchFunctionMode):
-    """Reads queries and keys of all attention that runs inside it, and hides keys if told which.
+    """Reads queries and keys of all attention that runs inside it, and weighs its keys if told how.
 
     Args:
-        hidden: For each attention in order, which of its keys are hidden (rows, slots), a row for each window and head.
+        added: For each attention in order, what is added to the logits of its keys (rows, slots), a row for each window
+            and head; minus infinity hides a key.
 
     Attributes:
         found: Queries and keys of each attention, (rows, slots, D).
     """
 
-    def __init__(self, hidden: list[Tensor] | None = None) -> None:
+    def __init__(self, added: list[Tensor] | None = None) -> None:
         super().__init__()
-        self.hidden = list(hidden or [])
+        self.added = list(added or [])
         self.found: list[tuple[Tensor, Tensor]] = []
         self._product: tuple[Tensor, Tensor, int] | None = None
 
@@ -44,7 +45,7 @@ class WindowAttention(TorchFunctionMode):
             q, k, _ = self._product
             self._find(q, k.transpose(-2, -1))
             self._product = None
-            return func(self._hide(args[0]), *args[1:], **kwargs)
+            return func(self._weigh(args[0]), *args[1:], **kwargs)
         result = func(*args, **kwargs)
         if func is torch.einsum and kwargs == {} and len(args) == 3:
             args = (args[1], args[2].transpose(-2, -1))  # of queries and keys, if their features are summed up
@@ -55,20 +56,20 @@ class WindowAttention(TorchFunctionMode):
     def _find(self, q: Tensor, k: Tensor) -> None:
         self.found.append((q.flatten(0, -3), k.flatten(0, -3)))
 
-    def _hide(self, logits: Tensor) -> Tensor:
-        """Logits (…, slots, slots) without hidden keys; where all keys are hidden nobody reads what comes out."""
-        if not self.hidden:
+    def _weigh(self, logits: Tensor) -> Tensor:
+        """Logits (…, slots, slots) with what is added; where all keys are hidden nobody reads what comes out."""
+        if not self.added:
             return logits
-        hidden = self.hidden.pop(0)
-        hidden = hidden & ~hidden.all(1, keepdim=True)
-        return logits.masked_fill(hidden.reshape(*logits.shape[:-2], 1, -1), -math.inf)
+        added = self.added.pop(0)
+        added = added.masked_fill((added == -math.inf).all(1, keepdim=True), 0)
+        return logits + added.reshape(*logits.shape[:-2], 1, -1).to(logits.dtype)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
         self._find(q, k)
         mask = q.new_zeros(()) if attn_mask is None else attn_mask
         if mask.dtype == torch.bool:
             mask = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf)
-        mask = self._hide(mask.expand(*q.shape[:-1], k.shape[-2]))
+        mask = self._weigh(mask.expand(*q.shape[:-1], k.shape[-2]))
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
@@ -87,6 +88,12 @@ class Slots:
     queries: Tensor
     keys: Tensor
     window: Tensor
+
+    @property
+    def table(self) -> Tensor:
+        """The token in each slot of each window, (windows, slots)."""
+        lowest = self.tokens.amin(1)
+        return torch.stack([self.tokens[lowest == window][0] for window in lowest.unique()])
 
 
 def find_slots(run: Callable[[Tensor], Any], x: Tensor, dims: tuple[int, ...]) -> list[Slots]:
@@ -175,7 +182,7 @@ def rested(
     else:
         excess = _excess(scores, works, window, keep)
     hidden = [(s.tokens != NOBODY) & ~works[s.tokens.clamp(min=0)] for s in slots]
-    with WindowAttention(hidden):
+    with WindowAttention([torch.zeros(h.shape).masked_fill(h, -math.inf) for h in hidden]):
         output = run(x)
     where = works.view([x.shape[d] if d in (0, *dims) else 1 for d in range(x.ndim)])
     put = lambda t: torch.where(where, t, x) if t.shape == x.shape else t  # noqa: E731
