@@ -48,6 +48,7 @@ class Block:
         batch_dim: Which dimension of the stream the batch stands in.
         grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
         windows: How many windows the attention is over, and how many slots each has; empty where it is over all tokens.
+        partition: A digest of which token stands in which slot of which window; empty where there are none.
         prefix: Positions of the prefix tokens, which are always kept.
         class_token: Position of the class token, if there is one: read by the head, or the only prefix token.
         affine: Whether queries and keys are affine in the normalised input, so that scores are nearly free.
@@ -72,6 +73,7 @@ class Block:
     batch_dim: int = 0
     grid: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
+    partition: str = ""
     prefix: tuple[int, ...] = ()
     class_token: int | None = None
     affine: bool = False

@@ -1,8 +1,8 @@
 """Let idle tokens follow: run the blocks of each stage on the means of its groups, and hand back what became of them.
 
 1. At the start of a stage the groups are averaged; where tokens stand on a grid, it is flattened first, and the means
-   stand in one row. Where they join groups of the stage before, they are formed of the means as they are by then, and
-   a mean counts as often as it has tokens.
+   stand in one row; where attention is over windows, they stand there in the order of these. Where they join groups of
+   the stage before, they are formed of the means as they are by then, and a mean counts as often as it has tokens.
 2. Its blocks are copied onto the means, one after the other; what they read by token position is taken where the
    worker stands, as `propagation` proved it, and once for all blocks that read the same.
 3. In every attention the logits of a key get the logarithm of how many tokens it stands for.
@@ -14,14 +14,16 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from idlefx.analysis.blocks import Opened, open_blocks
-from idlefx.analysis.key_axis import KeyAxis, key_axis
+from idlefx.analysis.key_axis import key_axis
 from idlefx.analysis.subset import Subset
+from idlefx.analysis.walk import Walk
 from idlefx.graph import inference
 from idlefx.graph.build import add_call
 from idlefx.graph.memory import has_effect
@@ -31,6 +33,7 @@ from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.likeness import add_groups
 from idlefx.rewriting.rebuilder import Rebuilder
 from idlefx.rewriting.selector_head import Head
+from idlefx.rewriting.stage_tokens import StageTokens, WindowTokens
 from idlefx.runtime import following
 
 aten = torch.ops.aten
@@ -53,28 +56,25 @@ class _Stage:
 
     Attributes:
         block: The block that opens the stage.
-        kept: Image tokens that work.
-        entry: What was averaged, tokens of a grid in one dimension.
-        index: Positions of the workers among what was averaged.
+        tokens: How its tokens stand, and who of them follows whom.
+        entry: What was averaged.
         positions: Positions of the workers among all tokens.
-        means: The means, in one dimension too.
+        means: The means.
         sizes: How many tokens each stands for.
     """
 
     block: Block
-    kept: int
+    tokens: StageTokens
     entry: fx.Node
-    index: fx.Node
     positions: fx.Node
     means: fx.Node
     sizes: fx.Node
     reads: dict[Any, fx.Node] = field(default_factory=dict)  # what was read by position, for all blocks
     terms: dict[Any, fx.Node] = field(default_factory=dict)  # what is added to logits, for all blocks
 
-    @property
-    def workers(self) -> Subset:
-        """The tokens that work."""
-        return Subset(self.positions, self.block.prefix, self.block.image_positions, self.kept)
+    def workers(self, walk: Walk) -> Subset:
+        """The tokens that work, for one block of the stage."""
+        return self.tokens.subset(self.positions, walk)
 
 
 @dataclass
@@ -125,61 +125,49 @@ class _Chain:
         """Begin a stage."""
         block, before = self.plan.blocks[step.block], self._begun[-1] if self._begun else None
         if before is not None:
-            add_groups(Head(self.graph, block, dense, stream, before.workers), before.kept, step.kept)
-        index, order, leaders = self._groups(block, "index", "order", "leaders")
-        positions, stand_for = index, None
+            workers = before.workers(dense.walk)
+            add_groups(Head(self.graph, block, dense, stream, workers), workers.kept, step.kept)
+        standing = WindowTokens if step.unit else StageTokens
+        tokens = standing(self.graph, partial(self._add, block), block, step)
+        index, _, order, leaders = tokens.groups
+        positions, stand_for = only_made_for(self.graph, block.index, "index"), None
         if before is not None:
             found = (aten.gather.default, before.positions, 1, index)
             positions, stand_for = self._add(block, *found, name="positions", role="positions"), before.sizes
-        tokens = self._flat(block, stream, "gather")
-        given = (tokens, index, order, leaders, *block.flat_dims, stand_for)
+        entry = tokens.apart(stream)
+        given = (entry, index, order, leaders, *tokens.dims, stand_for)
         averages = self._add(block, following.average_groups, *given, name="averages", role="gather")
         sizes = self._add(block, operator.getitem, averages, 1, name="sizes", role="sizes")
         means = self._add(block, operator.getitem, averages, 0, name="means", role="gather")
-        self._begun.append(_Stage(block, step.kept, tokens, index, positions, means, sizes))
-        for _ in block.grid[1:]:  # few tokens of a grid stand in one row
-            means = self._add(block, aten.unsqueeze.default, means, block.token_dim, name="row", role="gather")
-        return means
-
-    def _flat(self, block: Block, stream: fx.Node, role: Role) -> fx.Node:
-        """Tokens in one dimension, where they stand on a grid."""
-        if not block.grid:
-            return stream
-        sides = (block.token_dims[0], block.token_dims[-1])
-        return self._add(block, aten.flatten.using_ints, stream, *sides, name="flat", role=role)
-
-    def _groups(self, block: Block, *roles: Role) -> tuple[fx.Node, ...]:
-        return tuple(only_made_for(self.graph, block.index, role) for role in roles)
+        self._begun.append(_Stage(block, tokens, entry, positions, means, sizes))
+        return tokens.in_row(means)
 
     def _restore(self, block: Block, stream: fx.Node) -> fx.Node:
         """All tokens, each with what was added to its worker in all stages so far."""
-        stream = self._flat(block, stream, "work")
+        stream = self._begun[-1].tokens.from_row(stream)
         for stage in reversed(self._begun):
-            groups = self._groups(stage.block, "index", "place", "order", "leaders")
-            given = (stage.entry, stage.means, stream, *groups, *block.flat_dims)
+            given = (stage.entry, stage.means, stream, *stage.tokens.groups, *stage.tokens.dims)
             stream = self._add(block, following.restore_tokens, *given, name="restored", role="scatter")
-        if block.grid:
-            sides = (block.token_dim, list(block.grid))
-            stream = self._add(block, aten.unflatten.int, stream, *sides, name="on_grid", role="work")
-        return stream
+        return self._begun[0].tokens.whole(stream)
 
     def _work(self, block: Block, dense: Opened, stream: fx.Node) -> fx.Node:
         """The block on the workers alone."""
         stage = self._begun[-1]
         name, note = f"idle_{block.index}_", Made(block.index, "work")
-        rebuild = Rebuilder(self.graph, dense.walk, stage.workers, {dense.entry: stream}, name, note, stage.reads)
+        workers = stage.workers(dense.walk)
+        rebuild = Rebuilder(self.graph, dense.walk, workers, {dense.entry: stream}, name, note, stage.reads)
         worked = rebuild(dense.exit)
         axes = [key_axis(dense.walk, core) for core in dense.cores]
         places = {node: place for place, node in enumerate(self.graph.nodes)}
         for axis in sorted(axes, key=lambda axis: places[rebuild.mapping[axis.logits]]):
-            self._weigh(block, rebuild.mapping[axis.logits], axis)
+            self._weigh(block, rebuild.mapping[axis.logits], stage.tokens.term(axis, dense.walk))
         return worked
 
-    def _weigh(self, block: Block, attention: fx.Node, axis: KeyAxis) -> None:
+    def _weigh(self, block: Block, attention: fx.Node, makes_term: tuple[Any, ...]) -> None:
         """Add to the logits of each key how many tokens it stands for."""
         logits_or_query = tensor_argument(attention, 0)
         with self.graph.inserting_before(attention):
-            term = self._term(logits_or_query, axis)
+            term = self._term(logits_or_query, *makes_term)
             if attention.target is not aten.scaled_dot_product_attention.default:
                 logits = self._add(block, aten.add.Tensor, logits_or_query, term, name="logits", role="work")
                 attention.update_arg(0, logits)
@@ -191,12 +179,11 @@ class _Chain:
                 attention.kwargs = {key: told for key, told in attention.kwargs.items() if key != "attn_mask"}
         inference.record(attention)
 
-    def _term(self, like: fx.Node, axis: KeyAxis) -> fx.Node:
-        stage, where = self._begun[-1], (axis.rank, axis.dim, axis.batch_dim, axis.copies)
-        key = (like.meta["val"].dtype, *where)
+    def _term(self, like: fx.Node, size_term: Any, *where: Any) -> fx.Node:
+        stage, key = self._begun[-1], (like.meta["val"].dtype, *where)
         if key not in stage.terms:
             given = (stage.sizes, like, *where)
-            stage.terms[key] = self._add(stage.block, following.size_term, *given, name="term", role="work")
+            stage.terms[key] = self._add(stage.block, size_term, *given, name="term", role="work")
         return stage.terms[key]
 
     def _add(self, block: Block, target: Any, *args: Any, name: str, role: Role) -> fx.Node:

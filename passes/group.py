@@ -4,7 +4,9 @@
    them (B, N), the positions of the workers and then of the others (B, N), and for each of the others the place of its
    worker (B, I); notes tell them.
 2. Likeness is taken on what the block's attention projects; what the class token attends to is less likely to idle.
-3. Nothing reads the groups yet, so nothing changes. Groups that join others need what these become: `follow` forms
+3. Where attention is over windows, each of them is grouped as if it were an image; positions of workers among all
+   tokens, window by window, and places among these are told too.
+4. Nothing reads the groups yet, so nothing changes. Groups that join others need what these become: `follow` forms
    them.
 """
 
@@ -13,7 +15,7 @@ from torch import fx
 from idlefx.analysis.blocks import open_blocks
 from idlefx.records import Plan
 from idlefx.rewriting.likeness import add_groups
-from idlefx.rewriting.selector_head import Head
+from idlefx.rewriting.window_head import head_of
 
 
 def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -23,5 +25,5 @@ def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     blocks = [plan.blocks[step.block] for step in steps]
     for step, block, opened in zip(steps, blocks, open_blocks(graph, blocks), strict=True):
         with graph.inserting_before(opened.exit):
-            add_groups(Head(graph, block, opened), step.tokens, step.kept)
+            add_groups(head_of(graph, block, opened, step.unit), step.tokens, step.kept)
     return module

@@ -7,8 +7,6 @@
 4. Nothing reads the positions yet, so nothing changes.
 """
 
-import operator
-
 from torch import fx
 
 from idlefx.analysis.blocks import open_blocks
@@ -32,7 +30,6 @@ def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
             head = Head(graph, block, opened)
             given = (head.build(step), block.prefix, step.kept, *([] if before is None else [before]))
             choice = head.add(ops.choose_tokens, *given, name="choice", role="choice")
-            index = head.add(operator.getitem, choice, 0, name="index", role="index")
-            head.add(operator.getitem, choice, 1, name="place", role="place")
+            index = head.tell(choice)
         before = None if plan.reselect else index
     return module

@@ -51,7 +51,7 @@ def test_fewer_than_sixteen_windows_let_tokens_idle(idle):
     assert "24 of 54: 4 of 9 in each window" in str(idle.plan)
     assert "54 in 6 x 9" in str(idle.plan.blocks)
     report = str(idlefx.report(idle))
-    assert "wants fine-tuning" in report and "follow" not in report, "windows can only rest"
+    assert "wants fine-tuning" in report and "idle='follow' needs none" in report
 
 
 def test_more_windows_idle_as_a_whole():
@@ -86,7 +86,9 @@ def test_padded_windows_idle_as_a_whole():
     [
         (Block(5, 8), PADDED, {"unit": "tokens"}, "its windows are padded, .*; take unit='windows'"),
         (Block(6, 9), X, {"reselect": False}, "chooses anew in windows of its own; let tokens return"),
-        (Block(6, 9), X, {"idle": "follow"}, "can rest but not follow: its attention is over windows"),
+        (Block(5, 8), PADDED, {"idle": "follow"}, "follow: only whole windows .* are padded, .* or take idle='rest'"),
+        (Block(6, 9), X, {"idle": "follow", "unit": "windows"}, "block 0 .* only rest; take unit='tokens', or idle="),
+        (Block(6, 9), X, {"idle": "follow", "reselect": False}, "anew in windows of its own; let groups part"),
         (Block(6, 9), X, {"prefix": 1, "sequence": True}, "prefix"),
         (Block(6, 9), X, {"unit": "panes"}, "unknown unit='panes'; known are auto, windows, tokens"),
     ],

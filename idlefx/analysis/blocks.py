@@ -146,25 +146,27 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         batch_dim=axes.batch,
         grid=grid,
         windows=(windows.count, windows.size) if windows else (),
+        partition=windows.digest if windows else "",
         prefix=positions,
         width=next(size for d, size in enumerate(stream) if d not in (*axes.tokens, axes.batch)),
         heads=lay.heads(layout),
         affine=all(_is_affine(walk, core) for core in trunk.cores),
     )
+    whole_only = _cannot_be_cut(walk, block, "tokens") if windows else ""
     return replace(
         block,
         refusal=_cannot_be_cut(walk, block),
-        rest_only=_cannot_follow(walk, block, trunk.cores),
-        whole_only=_cannot_be_cut(walk, block, "tokens") if windows else "",
+        rest_only=_cannot_follow(walk, trunk.cores, whole_only),
+        whole_only=whole_only,
     )
 
 
-def _cannot_follow(walk: Walk, block: Block, cores: Iterable[Core]) -> str:
+def _cannot_follow(walk: Walk, cores: Iterable[Core], whole_only: str) -> str:
     """Why no key can stand for several tokens; empty if it can."""
     if walk.apart:
         return "its stream itself stands in windows, where tokens can only rest yet"
-    if block.windows:
-        return "its attention is over windows, where tokens can only rest yet"
+    if whole_only:
+        return f"only whole windows can idle there, which rest: {whole_only}"
     try:
         for core in cores:
             key_axis(walk, core)

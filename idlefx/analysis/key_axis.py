@@ -7,6 +7,8 @@ from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core
+from idlefx.analysis.layouts import Layout
+from idlefx.analysis.partition import Windows
 from idlefx.analysis.refusal import refuse
 from idlefx.analysis.walk import Walk, dimension
 from idlefx.graph.queries import argument
@@ -24,6 +26,8 @@ class KeyAxis:
         dim: That of the keys.
         batch_dim: That of the batch.
         copies: How many entries of it belong to one image, where heads are merged into the batch.
+        layout: Where attention is over windows, what the dimensions hold of images, windows and keys, and of features
+            beside these; empty elsewhere.
     """
 
     logits: fx.Node
@@ -31,6 +35,7 @@ class KeyAxis:
     dim: int
     batch_dim: int
     copies: int
+    layout: Layout = ()
 
 
 def key_axis(walk: Walk, core: Core) -> KeyAxis:
@@ -48,11 +53,27 @@ def key_axis(walk: Walk, core: Core) -> KeyAxis:
         dim = len(layout) - 1
         if argument(node, 5, "is_causal", False):
             refuse(node, "is causal, and takes no other mask, so no key can stand for several tokens")
-    keys = layout[dim]
-    whole = lay.is_tokens(keys) and keys[0].runs == ((0, keys[0].size),)
+    keys, windows = layout[dim], walk.windows
+    if windows is None:
+        whole = lay.is_tokens(keys) and keys[0].runs == ((0, keys[0].size),)
+    else:
+        whole = lay.partition_of(keys) == windows.partition and lay.sides_of(keys) == windows.slots
     if not whole:
         refuse(node, "attends to a part of the tokens or in another order, so no key can stand for several tokens")
     batch_dim = next((d for d, each in enumerate(layout) if each and each[0].role == "batch"), None)
-    if batch_dim is None or lay.has(layout[batch_dim], "tokens"):
+    if batch_dim is None or (windows is None and lay.has(layout[batch_dim], "tokens")):
         refuse(node, "has no axis for the images in its logits, so no key can stand for several tokens")
-    return KeyAxis(node, len(layout), dim, batch_dim, lay.size(layout[batch_dim][1:]))
+    told = () if windows is None else _beside_keys(node, layout, dim, windows)
+    return KeyAxis(node, len(layout), dim, batch_dim, lay.size(layout[batch_dim][1:]), told)
+
+
+def _beside_keys(node: fx.Node, layout: Layout, keys: int, windows: Windows) -> Layout:
+    """A layout of logits without the queries, and without what has dimensions of its own, such as heads."""
+    dims = []
+    for d, dim in enumerate(layout):
+        sides = set(lay.sides_of(dim))
+        queries = d != keys and not sides.isdisjoint(windows.slots)
+        if queries and len(sides) < len(dim):
+            refuse(node, "has queries and something else in one dimension, so no key can stand for several tokens")
+        dims.append(dim if not queries and lay.has(dim, "tokens", "batch") else ())
+    return tuple(dims)

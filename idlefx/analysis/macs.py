@@ -68,11 +68,11 @@ def _logits(node: fx.Node) -> int:
 
 
 def _grouping(node: fx.Node) -> int:
-    """The likeness of all tokens to the anchors, and that of the idle ones to the workers."""
+    """The likeness of all tokens to the anchors, and that of the idle ones to the workers, in each part by itself."""
     told: Any = node.args[2:]
-    (_, tokens, width), (prefix, kept, (_, anchors, *_)) = _shape(node.args[0]), told
+    (parts, tokens, width), (prefix, kept, (_, anchors, *_)) = _shape(node.args[0]), told
     idle, workers = tokens - len(prefix) - kept, kept if ops.leads(prefix) else len(prefix) + kept
-    return int(width * (tokens * anchors + idle * workers))
+    return int(parts * width * (tokens * anchors + idle * workers))
 
 
 def _averages(node: fx.Node) -> int:

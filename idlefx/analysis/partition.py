@@ -1,5 +1,6 @@
 """Which token stands where after movement: a table of places, and the windows that attention makes of it."""
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,6 +76,11 @@ class Windows:
     def tokens(self) -> Tensor:
         """The token in each slot of each window (windows, slots)."""
         return self.partition.places.permute(self.order).reshape(self.count, self.size)
+
+    @property
+    def digest(self) -> str:
+        """A short name for which token stands in which slot: the same for windows that are the same."""
+        return hashlib.sha256(self.tokens.contiguous().numpy().tobytes()).hexdigest()[:16]
 
     @property
     def runs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

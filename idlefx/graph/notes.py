@@ -13,7 +13,7 @@ LAYER = "idlefx_layer"  # where it stands on a node that calls a layer which one
 
 Role = Literal[
     "score", "class token", "query", "choice", "index", "place", "order", "leaders", "sizes", "positions", "gather",
-    "work", "scatter", "cut loss", "chosen",
+    "work", "scatter", "cut loss", "chosen", "chosen place", "where", "slots",
 ]  # fmt: skip
 
 
@@ -29,7 +29,8 @@ class Made:
             "sizes" are those of the groups; where groups join, positions and places are those among the tokens that
             worked in the block before, and "positions" are those among all tokens. "gather", "work" and "scatter" are
             the block on the tokens that work; "cut loss" is the block's token cut loss. Where attention is over
-            windows, "chosen" are the windows that work, or the slots that work in each.
+            windows, "chosen" are the windows that work, or the slots that work in each, and "chosen place" is for
+            these what "place" is for tokens; "where" is the token in each slot, "slots" are those of the tokens.
         stands_for: Name of the dense node that it computes for other tokens; empty where it stands for none.
     """
 

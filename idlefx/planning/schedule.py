@@ -95,6 +95,11 @@ def _in_groups(blocks: BlockTable, steps: tuple[Step, ...], options: PlanOptions
     grouped: list[Step] = []
     for step in steps:
         listed, before = step.block in options.layers, grouped[-1] if grouped else None
+        if not options.reselect and step.unit and step.idles:
+            raise PlanError(
+                f"plan: with reselect=False groups only join, but block {step.block} ({step.path or 'no path'}) groups "
+                "tokens anew in windows of its own; let groups part, with reselect=True"
+            )
         continued = before is not None and continues(blocks, before.block, step.block)
         goes_on = continued and not listed
         joins = False
@@ -117,10 +122,10 @@ def _check_joining(before: Step, step: Step) -> None:
 
 
 def continues(blocks: BlockTable, before: int, block: int) -> bool:
-    """Whether a block takes up the very stream that the block before leaves, with the same tokens in it."""
+    """Whether a block takes up the very stream that the block before leaves, with the same tokens and windows in it."""
 
     def tokens(b: Block) -> tuple[object, ...]:
-        return b.tokens, b.grid, b.prefix, b.token_dim, b.batch_dim, b.width
+        return b.tokens, b.grid, b.windows, b.partition, b.prefix, b.token_dim, b.batch_dim, b.width
 
     return (
         block == before + 1

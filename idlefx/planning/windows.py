@@ -12,10 +12,17 @@ def unit_of(block: Block, options: PlanOptions) -> str:
     """Whole "windows", or "tokens" in each; empty where attention is over all tokens.
 
     Raises:
-        PlanError: Tokens in each window were asked for, and cannot idle there.
+        PlanError: Tokens in each window were asked for, and cannot idle there; or whole windows that follow.
     """
     if not block.windows:
         return ""
+    if options.idle == "follow":
+        if options.unit == "windows":
+            raise PlanError(
+                f"plan: unit='windows' does not serve block {block.index} ({block.path or 'no path'}) with "
+                "idle='follow': whole windows can only rest; take unit='tokens', or idle='rest'"
+            )
+        return "tokens"
     if options.unit == "tokens" and block.whole_only:
         raise PlanError(
             f"plan: unit='tokens' does not serve block {block.index} ({block.path or 'no path'}): {block.whole_only}; "

@@ -1,19 +1,14 @@
 """Group tokens: by what the attention sees of them, and what the class token makes of them."""
 
-import operator
-
 import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Layout
-from idlefx.graph.notes import Role
 from idlefx.graph.queries import carries_tensors
 from idlefx.graph.sizes import shape_of
 from idlefx.rewriting.selector_head import Head
 from idlefx.runtime import following, nearest, ops
-
-ROLES: tuple[Role, ...] = ("index", "place", "order", "leaders")  # of what `group_tokens` returns
 
 aten = torch.ops.aten
 
@@ -40,15 +35,14 @@ def add_groups(head: Head, tokens: int, kept: int) -> None:
         tokens: Image tokens there are.
         kept: K, those of them that work.
     """
+    tokens, kept = tokens // head.parts, kept // head.parts
     evidence = (normalised_input(head), class_logits(head))
     told = (*evidence, head.prefix, kept, nearest.anchors(tokens, kept))
-    groups = head.add(following.group_tokens, *told, name="groups", role="choice")
-    for place, role in enumerate(ROLES):
-        head.add(operator.getitem, groups, place, name=role, role=role)
+    head.tell(head.add(following.group_tokens, *told, name="groups", role="choice"), "order", "leaders")
 
 
 def normalised_input(head: Head) -> fx.Node:
-    """The stream as the norm that the block begins with gives it, else the stream itself (B, N, C).
+    """The stream as the norm that the block begins with gives it, else the stream itself, in its parts (B, N, C).
 
     A norm is one operation, or spelled out: arithmetic with the stream, with statistics of it over features, and with
     one number for each feature. The dimensions of the stream may be moved for it.
@@ -69,7 +63,7 @@ def normalised_input(head: Head) -> fx.Node:
     for node in head.opened.nodes:
         ends = any(user in moved or user not in inside for user in node.users)
         if node in normalised and ends and _ordered(walk[node]) == stream:
-            return _tokens_first(head, head.all_tokens(node), walk[node])
+            return head.in_parts(_tokens_first(head, head.all_tokens(node), walk[node]))
     return head.tokens_first(head.all_tokens(entry))
 
 

@@ -7,6 +7,7 @@
 3. What is computed on all tokens bears a note of what it stands for, so that a later pass need not compute it again.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -95,6 +96,23 @@ class Head:
         """Insert a call for this block."""
         note = Made(self.block.index, role)
         return add_call(self.graph, target, *args, name=self.name + name, like=self.opened.exit, note=note, **kwargs)
+
+    @property
+    def parts(self) -> int:
+        """How many parts an image has in which tokens are chosen apart: itself, or windows."""
+        return 1
+
+    def in_parts(self, tokens: fx.Node) -> fx.Node:
+        """Tokens (B, N, C), as if each part were an image."""
+        return tokens
+
+    def tell(self, choice: fx.Node, *further: Role) -> fx.Node:
+        """Insert what a choice consists of: the positions of what works, which are returned, places, and more."""
+        index, *_ = self._told(choice, "index", "place", *further)
+        return index
+
+    def _told(self, choice: fx.Node, *roles: Role) -> list[fx.Node]:
+        return [self.add(operator.getitem, choice, at, name=role, role=role) for at, role in enumerate(roles)]
 
     def _evidence(self, name: str, selector: str) -> Any:
         if name == "x":

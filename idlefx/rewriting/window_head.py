@@ -17,6 +17,7 @@ from idlefx.analysis.attention import Core
 from idlefx.analysis.blocks import Opened
 from idlefx.analysis.partition import Windows
 from idlefx.analysis.projections import Projection
+from idlefx.graph.notes import Role
 from idlefx.records import Block, Step
 from idlefx.rewriting.rebuilder import Rebuilder
 from idlefx.rewriting.selector_head import Head
@@ -24,6 +25,11 @@ from idlefx.rewriting.told_layouts import products
 from idlefx.runtime import ops, windows
 
 aten = torch.ops.aten
+
+
+def head_of(graph: fx.Graph, block: Block, opened: Opened, unit: str) -> Head:
+    """The head of a block, over windows or not; `unit` is empty where it is not."""
+    return WindowHead(graph, block, opened, unit) if unit else Head(graph, block, opened)
 
 
 class WindowHead(Head):
@@ -49,13 +55,19 @@ class WindowHead(Head):
         if by_window:
             scores = self.add(windows.window_scores, scores, self._where, name="window_scores")
         kept = step.kept // (size if by_window else count)
-        choice = self.add(ops.choose_tokens, scores, (), kept, name="choice", role="choice")
-        chosen = self.add(operator.getitem, choice, 0, name="chosen", role="chosen")
-        place = self.add(operator.getitem, choice, 1, name="chosen_place")
-        positions_of = windows.of_whole_windows if by_window else windows.of_each_window
+        self.tell(self.add(ops.choose_tokens, scores, (), kept, name="choice", role="choice"))
+
+    def tell(self, choice: fx.Node, *further: Role) -> fx.Node:
+        """Insert what a choice of windows, or of slots in each, consists of, and what that means for tokens."""
+        chosen, place, *_ = self._told(choice, "chosen", "chosen place", *further)
+        positions_of = windows.of_whole_windows if self.unit == "windows" else windows.of_each_window
         positions = self.add(positions_of, chosen, place, self._where, self._slots, name="positions", role="choice")
-        self.add(operator.getitem, positions, 0, name="index", role="index")
-        self.add(operator.getitem, positions, 1, name="place", role="place")
+        return super().tell(positions)
+
+    @property
+    def parts(self) -> int:
+        """The windows, where tokens are chosen in each."""
+        return 1 if self.unit == "windows" else self.windows.count
 
     @property
     def score_count(self) -> int:
@@ -71,18 +83,19 @@ class WindowHead(Head):
     @cached_property
     def _where(self) -> fx.Node:
         """The token in each slot (windows, slots)."""
-        return self.add(operator.getitem, self._tables, 0, name="where")
+        return self.add(operator.getitem, self._tables, 0, name="where", role="where")
 
     @cached_property
     def _slots(self) -> fx.Node:
         """The slot of each token (N,)."""
-        return self.add(operator.getitem, self._tables, 1, name="slots")
+        return self.add(operator.getitem, self._tables, 1, name="slots", role="slots")
 
     def tokens_first(self, stream: fx.Node) -> fx.Node:
         """Something laid out as the stream, as (B, N, C), or as (B * windows, slots, C)."""
-        return self._by_unit(super().tokens_first(stream))
+        return self.in_parts(super().tokens_first(stream))
 
-    def _by_unit(self, tokens: fx.Node) -> fx.Node:
+    def in_parts(self, tokens: fx.Node) -> fx.Node:
+        """Tokens (B, N, C), or (B * windows, slots, C)."""
         if self.unit == "windows":
             return tokens
         return self.add(windows.in_windows, tokens, self._where, name="in_windows")
@@ -93,7 +106,7 @@ class WindowHead(Head):
             tokens = super()._all_tokens(rows)
             if super()._token_dim(rows) == 0:
                 tokens = self.add(aten.transpose.int, tokens, 0, 1, name="tokens")
-            self._arranged[given] = self._by_unit(tokens)
+            self._arranged[given] = self.in_parts(tokens)
         return self._arranged[given]
 
     @cached_property

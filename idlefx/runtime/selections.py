@@ -5,10 +5,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from idlefx.graph.notes import only_made_for
+from idlefx.graph.notes import Role, only_made_for
 from idlefx.graph.state import buffers_kept
 from idlefx.runtime.labels import without_labels
 from idlefx.runtime.module import IdleModule, conversion_of, converted
+from idlefx.runtime.windows import of_each_window
+
+# Of the nodes that tell what works: positions and places, or those in each window, and where these stand.
+OF_ALL: tuple[Role, ...] = ("index", "place")
+IN_WINDOWS: tuple[Role, ...] = ("chosen", "chosen place", "where", "slots")
 
 
 def selections(idle: IdleModule, *args: Any, **kwargs: Any) -> dict[int, torch.Tensor]:
@@ -49,16 +54,21 @@ def _decided(idle: IdleModule, args: Any, kwargs: Any) -> dict[int, tuple[torch.
     idle = converted(idle)
     stages = conversion_of(idle).plan.stages
     opened = {
-        stage[0].block: [only_made_for(idle.graph, stage[0].block, role) for role in ("index", "place")]
+        stage[0].block: [
+            only_made_for(idle.graph, stage[0].block, role)
+            for role in (IN_WINDOWS if stage[0].unit == "tokens" else OF_ALL)
+        ]
         for stage in stages
     }
-    recorder = _Recorder(idle, {node for pair in opened.values() for node in pair})
+    recorder = _Recorder(idle, {node for nodes in opened.values() for node in nodes})
     flat = conversion_of(idle).calls.flat(args, without_labels(kwargs, conversion_of(idle).loss))
     with torch.no_grad(), buffers_kept(idle):
         recorder.run(*flat, enable_io_processing=False)
     decided: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for stage in stages:
-        index, place = (recorder.seen[node] for node in opened[stage[0].block])
+        index, place, *where = (recorder.seen[node] for node in opened[stage[0].block])
+        if where:
+            index, place = of_each_window(index, place, *where)
         if stage[0].joins:  # these are positions among the workers of the block before
             workers, places = decided[stage[0].block - 1]
             index, place = workers.gather(1, index), place.gather(1, places)

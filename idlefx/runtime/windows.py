@@ -49,7 +49,33 @@ def window_scores(scores: Tensor, where: Tensor) -> Tensor:
 
 def in_windows(x: Tensor, where: Tensor) -> Tensor:
     """Tokens of the stream (B, N, C) window by window, each as if it were an image (B * windows, slots, C)."""
-    return x[:, where.flatten()].reshape(-1, where.shape[1], x.shape[2])
+    return take_tokens(x, where.flatten().expand(x.shape[0], -1)).reshape(-1, where.shape[1], x.shape[2])
+
+
+def in_stream(x: Tensor, slots: Tensor) -> Tensor:
+    """Undo `in_windows`, where windows have no padding.
+
+    Args:
+        x: Tokens window by window (B * windows, slots, C).
+        slots: The slot of each token (N,).
+    """
+    tokens = x.reshape(-1, slots.shape[0], x.shape[2])
+    return take_tokens(tokens, slots.expand(tokens.shape[0], -1))
+
+
+def size_term(sizes: Tensor, like: Tensor, dims: Dims, sides: tuple[int, ...]) -> Tensor:
+    """What is added to the logits of a key that stands for several tokens of its window; see `following.size_term`.
+
+    Args:
+        sizes: How many tokens each key stands for (B * windows, K).
+        like: Queries, whose type it has.
+        dims: What the dimensions of the logits hold; nothing where the term is the same all along.
+        sides: Sizes of the sides in them, those that say which window first.
+    """
+    term = sizes.to(torch.promote_types(like.dtype, torch.float32)).log().to(like.dtype)
+    beside = [n for dim in dims for what, n in dim if what == "features"]
+    term = term.reshape(-1, math.prod(sides), *(1 for _ in beside))
+    return laid_out(term.expand(-1, -1, *beside), dims, sides)
 
 
 def of_whole_windows(chosen: Tensor, place: Tensor, where: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

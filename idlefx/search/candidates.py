@@ -54,6 +54,11 @@ class Candidates:
                 f"{self.blocks}"
             )
 
+    @property
+    def may_join(self) -> bool:
+        """Whether groups may join from stage to stage: not those of windows."""
+        return self.base.idle == "follow" and not any(self.blocks[index].windows for index in self.usable)
+
     def plan(self, options: PlanOptions) -> Plan:
         """What the options mean for this model."""
         return make_plan(self.blocks, options)

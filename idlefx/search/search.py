@@ -141,8 +141,7 @@ class Search:
         """Shapes near one, in a random order that is always the same; taken from the end, groups join or part first."""
         shapes = list(tried.shape.neighbours(self.places, step))
         draw.shuffle(shapes)
-        follows = self.candidates.base.idle == "follow"
-        return [*shapes, replace(tried.shape, joined=not tried.shape.joined)] if follows else shapes
+        return [*shapes, replace(tried.shape, joined=not tried.shape.joined)] if self.candidates.may_join else shapes
 
     def _meaning(self, options: PlanOptions) -> Any:
         """What tells plans apart: in which blocks how many tokens work, and where they are chosen."""

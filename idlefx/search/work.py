@@ -75,9 +75,10 @@ class Work:
         """Likeness of all tokens to the anchors and of idle tokens to workers, and the sums of groups."""
         if not self.follows:
             return 0.0
+        parts, *_ = block.windows or (1,)  # tokens of a window are compared with those of the same
         there, idle = images + len(block.prefix), images - kept
-        _, compared, *_ = anchors(images, kept)
-        return float(block.width * (there * compared + idle * kept + there))
+        _, compared, *_ = anchors(images // parts, kept // parts)
+        return float(block.width * (there * compared + idle * kept / parts + there))
 
 
 def _everywhere(candidates: Candidates, share: float) -> Candidate:

@@ -1,0 +1,141 @@
+"""Bring the tokens of a stage to where its groups are made of them, and back, as graph nodes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from idlefx.analysis.key_axis import KeyAxis
+from idlefx.analysis.subset import Subset
+from idlefx.analysis.walk import Walk
+from idlefx.graph.notes import Role, only_made_for
+from idlefx.records import Block, Step
+from idlefx.rewriting.told_layouts import products
+from idlefx.runtime import following, windows
+
+aten = torch.ops.aten
+Add = Callable[..., fx.Node]  # inserts a call, with `name=` and `role=`
+
+
+class StageTokens:
+    """Tokens of a sequence, or of a grid whose sides are flattened; those that work stand in one row of it.
+
+    Args:
+        graph: The graph, in which it is told already who follows whom.
+        add: Inserts calls.
+        block: The block that opens the stage.
+        step: What it does.
+
+    Attributes:
+        roles: Those of the nodes that tell who follows whom: the workers, places, order and leaders.
+    """
+
+    roles: tuple[Role, ...] = ("index", "place", "order", "leaders")
+
+    def __init__(self, graph: fx.Graph, add: Add, block: Block, step: Step) -> None:
+        self.add, self.block, self.kept = add, block, step.kept
+        self.groups = [only_made_for(graph, block.index, role) for role in self.roles]
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Token and batch dimension of what groups are made of."""
+        return self.block.flat_dims
+
+    def apart(self, stream: fx.Node) -> fx.Node:
+        """All tokens, as groups are made of them."""
+        return self._flat(stream, "gather")
+
+    def from_row(self, stream: fx.Node) -> fx.Node:
+        """A stream of those that work, as the means of groups."""
+        return self._flat(stream, "work")
+
+    def in_row(self, means: fx.Node) -> fx.Node:
+        """The means of groups, as a stream of those that work."""
+        for _ in self.block.grid[1:]:
+            means = self.add(aten.unsqueeze.default, means, self.block.token_dim, name="row", role="gather")
+        return means
+
+    def whole(self, tokens: fx.Node) -> fx.Node:
+        """All tokens, as their stream."""
+        if not self.block.grid:
+            return tokens
+        sides = (self.block.token_dim, list(self.block.grid))
+        return self.add(aten.unflatten.int, tokens, *sides, name="on_grid", role="work")
+
+    def subset(self, positions: fx.Node, walk: Walk) -> Subset:
+        """Those that work, at these positions, for one block of the stage."""
+        del walk
+        return Subset(positions, self.block.prefix, self.block.image_positions, self.kept)
+
+    def term(self, axis: KeyAxis, walk: Walk) -> tuple[Any, ...]:
+        """What makes the term that is added to the logits of a key, and what that is told besides sizes and queries."""
+        del walk
+        return following.size_term, axis.rank, axis.dim, axis.batch_dim, axis.copies
+
+    def _flat(self, stream: fx.Node, role: Role) -> fx.Node:
+        if not self.block.grid:
+            return stream
+        sides = (self.block.token_dims[0], self.block.token_dims[-1])
+        return self.add(aten.flatten.using_ints, stream, *sides, name="flat", role=role)
+
+
+class WindowTokens(StageTokens):
+    """Tokens of windows, each of them as if it were an image; those that work stand window by window in the row."""
+
+    roles = ("chosen", "chosen place", "order", "leaders")
+
+    def __init__(self, graph: fx.Graph, add: Add, block: Block, step: Step) -> None:
+        super().__init__(graph, add, block, step)
+        self.where, self.slots = (only_made_for(graph, block.index, role) for role in ("where", "slots"))
+        batch_dim, token_dim = block.flat_dims[::-1]
+        self._order = [batch_dim, token_dim, 3 - batch_dim - token_dim]
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Those of (B * windows, slots, C)."""
+        return 1, 0
+
+    def apart(self, stream: fx.Node) -> fx.Node:
+        """All tokens (B * windows, slots, C)."""
+        tokens = self._permuted(super().apart(stream), self._order, "gather")
+        return self.add(windows.in_windows, tokens, self.where, name="in_windows", role="gather")
+
+    def from_row(self, stream: fx.Node) -> fx.Node:
+        """A stream of those that work, as the means of groups (B * windows, K, C)."""
+        tokens = self._permuted(super().from_row(stream), self._order, "work")
+        count = self.block.windows[0]
+        parts = self.add(aten.unflatten.int, tokens, 1, [count, self.kept // count], name="parts", role="work")
+        return self.add(aten.flatten.using_ints, parts, 0, 1, name="parts", role="work")
+
+    def in_row(self, means: fx.Node) -> fx.Node:
+        """The means of groups, as a stream of B images with windows * K tokens."""
+        parts = self.add(aten.unflatten.int, means, 0, [-1, self.block.windows[0]], name="parts", role="gather")
+        tokens = self.add(aten.flatten.using_ints, parts, 1, 2, name="tokens", role="gather")
+        return super().in_row(self._permuted(tokens, self._back, "gather"))
+
+    def whole(self, tokens: fx.Node) -> fx.Node:
+        """All tokens, in the order of their stream."""
+        tokens = self.add(windows.in_stream, tokens, self.slots, name="in_stream", role="work")
+        return super().whole(self._permuted(tokens, self._back, "work"))
+
+    def subset(self, positions: fx.Node, walk: Walk) -> Subset:
+        """Those that work, and their slots, in windows that are the same in all blocks of the stage."""
+        told = (self.kept, walk.windows, "tokens", self.groups[0])
+        return Subset(positions, self.block.prefix, self.block.image_positions, *told)
+
+    def term(self, axis: KeyAxis, walk: Walk) -> tuple[Any, ...]:
+        """The same, told where the windows stand in the logits."""
+        own = walk.windows
+        assert own is not None
+        sides = self.subset(self.groups[0], walk).sides(own.partition)
+        return windows.size_term, products(axis.layout, own.order), tuple(sides[side] for side in own.order)
+
+    @property
+    def _back(self) -> list[int]:
+        return [self._order.index(d) for d in range(3)]
+
+    def _permuted(self, tokens: fx.Node, order: list[int], role: Role) -> fx.Node:
+        if order == [0, 1, 2]:
+            return tokens
+        return self.add(aten.permute.default, tokens, order, name="permuted", role=role)
