@@ -5,6 +5,8 @@ from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.layouts import Dim, Layout
+from idlefx.analysis.movement import MOVES
+from idlefx.analysis.standing import places, token_count, token_sides
 from idlefx.graph.queries import carries_tensors
 from idlefx.graph.sizes import shape_of
 from idlefx.rewriting.selector_head import Head
@@ -20,10 +22,6 @@ _ARITHMETIC = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.square.default,
     aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.clamp_min.default, aten.clamp.default,
     aten.expand_as.default, aten.to.dtype, aten._to_copy.default, aten.contiguous.default,
-}  # fmt: skip
-_MOVEMENTS = {
-    aten.permute.default, aten.transpose.int, aten.movedim.int, aten.flatten.using_ints, aten.unflatten.int,
-    aten.reshape.default, aten.view.default,
 }  # fmt: skip
 
 
@@ -53,7 +51,7 @@ def normalised_input(head: Head) -> fx.Node:
     for node in head.opened.nodes:
         operands = [operand for operand in node.all_input_nodes if operand in walk]
         others = [o for o in node.all_input_nodes if o not in walk and carries_tensors(o)]
-        if node.target in _MOVEMENTS and _ordered(walk[node]) == stream:
+        if node.target in MOVES and _ordered(walk[node]) == stream:
             moved.add(node)
         known = (node in moved or node.target in _STATISTICS | _ARITHMETIC) and inside.issuperset(operands)
         if known and all(_is_per_feature(other, walk[node]) for other in others):
@@ -89,10 +87,15 @@ def _order(layout: Layout) -> list[int]:
 
 
 def _ordered(layout: Layout) -> Dim | None:
-    """What the dimensions hold, the batch first and features last; None where one holds several things."""
+    """What the dimensions hold, batch, tokens and features; None unless all tokens stand in the order of the stream."""
     if any(len({factor.role for factor in dim}) > 1 for dim in layout):
         return None
-    return lay.closed(tuple(factor for d in _order(layout) for factor in layout[d]))
+    factors = tuple(factor for d in _order(layout) for factor in layout[d])
+    sides = token_sides((factors,))
+    if sides is None or not torch.equal(places(sides).flatten(), torch.arange(token_count(sides))):
+        return None
+    batch, features = (tuple(factor for factor in factors if factor.role == role) for role in ("batch", ""))
+    return (*batch, *lay.tokens(token_count(sides)), *features)
 
 
 def class_logits(head: Head) -> fx.Node | None:
