@@ -106,3 +106,42 @@ class Windowed(nn.Module):
 def pictures(batch: int, rows: int, columns: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, 4 * rows, 4 * columns, generator=generator)
+
+
+class ApartHeads(Block):
+    """Attention in five dimensions: image, head, window, slot and feature."""
+
+    def attend(self, x: Tensor, batch: int) -> Tensor:
+        rows, slots, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, -1, slots, 3, HEADS, WIDTH // HEADS).permute(3, 0, 4, 1, 2, 5).unbind(0)
+        bias = self.bias.unsqueeze(1) if self.mask is None else self.bias.unsqueeze(1) + self.mask
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out(out.permute(0, 2, 3, 1, 4).reshape(rows, slots, WIDTH))
+
+
+class MergedHeads(Block):
+    """Attention in three dimensions: images, windows and heads are one; there is no bias."""
+
+    def attend(self, x: Tensor, batch: int) -> Tensor:
+        rows, slots, _ = x.shape
+        q, k, v = self.qkv(x).view(rows, slots, 3, HEADS, -1).permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
+        out = ((q @ k.transpose(1, 2)) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return self.out(out.view(rows, HEADS, slots, -1).transpose(1, 2).reshape(rows, slots, WIDTH))
+
+
+class ChannelsFirst(Block):
+    """A block over (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.local(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.mlp(self.norm2(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class WindowedChannelsFirst(Windowed):
+    """The same with a stream (B, C, H, W)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
