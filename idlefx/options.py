@@ -38,7 +38,7 @@ class PlanOptions:
         prefix: Number of leading prefix tokens, or their positions; found if None.
         idle: What idle tokens do meanwhile: "rest", unchanged, or "follow" the worker most like them.
         unit: What idles where attention is over windows: whole "windows", or "tokens" in each; "auto" takes tokens
-            where there are fewer than 16 windows.
+            where there are fewer than 16 windows, or where tokens follow.
 
     Raises:
         PlanError: A value is of the wrong kind or out of its range, whatever the model; or the tokens follow, and it

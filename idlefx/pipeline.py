@@ -84,7 +84,7 @@ def convert(
         idle: What idle tokens do meanwhile. "rest": they stay unchanged, as published; this wants fine-tuning.
             "follow": each takes over the update of the worker most like it; this serves without any training.
         unit: What idles where attention is over windows: whole "windows", or "tokens" in each; "auto" takes tokens
-            where there are fewer than 16 windows.
+            where there are fewer than 16 windows, or where tokens follow.
         example_inputs: A tensor, a tuple of positional or a dict of keyword inputs; guessed for timm, torchvision
             and Hugging Face models.
         copy: Leave `model` untouched; otherwise the result shares its parameters.
