@@ -93,7 +93,7 @@ class Subset:
             self.places_read(node, edit)
         elif isinstance(edit, WholeWindows):
             if self.unit == "tokens":
-                refuse(node, "needs every slot of a window; take unit='windows'")
+                refuse(node, "needs every slot of a window")
             if self.windows is None or not set(edit.sides) <= set(self.windows.slots):
                 refuse(node, "has something of its own for each window")
 
@@ -112,7 +112,7 @@ class Subset:
         if not any(side in wanted for d in edit.along for side in lay.sides_of(edit.output[d])):
             return None
         if edit.computed:
-            refuse(node, f"reads `{edit.operand.name}` for every slot of a window; take unit='windows'")
+            refuse(node, f"reads `{edit.operand.name}` for every slot of a window")
         return tuple(self._told(node, windows, dim) for dim in edit.output)
 
     def _told(self, node: fx.Node, windows: Windows, dim: lay.Dim) -> Told:
