@@ -39,8 +39,8 @@ def benches(name: str) -> list[Bench]:
 def test_table_of_times_is_that_of_the_shipped_results():
     measured = [
         documents.cells(line)
-        for name in ("bench_deit.json", "bench_large.json", "bench_follow.json", "bench_518.json", "bench_batch_one.json")
-        for line in summary(benches(name)).splitlines()
+        for name in ("deit", "large", "follow", "518", "batch_one")
+        for line in summary(benches(f"bench_{name}.json")).splitlines()
     ]
     written = [row for row in documents.rows() if len(row) == 10 and row[-1] in ("faster", "slower", "not told apart")]
     assert len(written) >= 24

@@ -14,7 +14,7 @@ from idlefx.runtime.selections import groups, selections
 from idlefx.search.candidates import Candidates
 from idlefx.search.work import Work
 from idlefx.zoo.comparisons import compare_following
-from idlefx.zoo.models import Inputs
+from idlefx.zoo.entry import Inputs
 from idlefx.zoo.survey import find, inputs_of
 from tests.models.small import randomise
 from tests.models.windows import (
