@@ -23,7 +23,7 @@ from transformers import (
     VitDetConfig,
 )
 
-from idlefx.zoo.models import randomise
+from idlefx.zoo.entry import randomise
 
 SIDE = 128  # pixels
 VIT = {"image_size": SIDE, "patch_size": 8, "window_size": 3, "hidden_size": 48, "num_hidden_layers": 6}

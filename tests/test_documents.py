@@ -39,12 +39,22 @@ def benches(name: str) -> list[Bench]:
 def test_table_of_times_is_that_of_the_shipped_results():
     measured = [
         documents.cells(line)
-        for name in ("deit", "large", "follow", "518", "batch_one")
+        for name in ("deit", "large", "follow", "518", "batch_one", "windows")
         for line in summary(benches(f"bench_{name}.json")).splitlines()
     ]
     written = [row for row in documents.rows() if len(row) == 10 and row[-1] in ("faster", "slower", "not told apart")]
     assert len(written) >= 24
     assert [row for row in written if row not in measured] == []
+
+
+def test_costs_of_windows_are_those_of_the_shipped_results():
+    shipped = json.loads((RESULTS / "bench_windows.json").read_text())
+    wanted = {line for line in summary(benches("bench_windows.json")).splitlines() if line.startswith("| s")}
+    assert len(wanted) >= 1 and {documents.cells(line) for line in wanted} <= set(documents.rows())
+    for told in shipped["reports"]:
+        layers, (dense, idle) = " ".join(map(str, told["plan"]["layers"])), told["gmacs"]
+        row = (told["model"], str(told["pixels"]), layers, " and ".join(told["units"]), f"{dense:.3g} → {idle:.3g}")
+        assert (*row, f"{dense / idle:.2f}") in documents.rows(), row
 
 
 @pytest.mark.parametrize(

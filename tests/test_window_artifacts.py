@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import idlefx
-from idlefx.zoo.models import images, randomise
+from idlefx.zoo.entry import images, randomise
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:in train mode the model has other blocks")]
 
