@@ -57,7 +57,13 @@ FACE_SAM_2 = {
 }  # fmt: skip
 VIT_DET = {"image_size": 64, "pretrain_image_size": 64, "window_block_indices": [0], "window_size": 3}
 BIASED = {**VIT_DET, "window_size": 4, "use_relative_position_embeddings": True, "out_indices": [1, 3]}
-LW_DETR = {"image_size": 64, "pretrain_image_size": 64, "num_windows": 4, "out_indices": [1, 3]}
+LW_DETR = {
+    "image_size": 64,
+    "pretrain_image_size": 64,
+    "num_windows": 4,
+    "window_block_indices": [0, 2],
+    "out_indices": [1, 3],
+}
 FACE_HIERA = {
     "image_size": [64, 64], "embed_dim": 16, "depths": [2, 2, 2, 1], "num_heads": [1, 2, 2, 2],
     "embed_dim_multiplier": 2.0,
@@ -71,6 +77,7 @@ FLORENCE = {
 }  # fmt: skip
 POOLED = {"hidden_sizes": [16, 16, 32, 32], "depths": [1] * 4, "num_attention_heads": [1, 2, 2, 2], "image_size": 64}
 CONVOLVES = "convolves over neighbouring tokens"
+IN_PART = {"attention": "eager", "blocks": 8, "refused": CONVOLVES, "inputs": _of_64_pixels}
 HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label, class, options, how the entry differs
     ("ViT", "ViTModel", {}, {}),
     ("ViT classifier", "ViTForImageClassification", {}, {}),
@@ -107,13 +114,13 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("YOLOS detector", "YolosForObjectDetection", {"image_size": [40, 40], "num_detection_tokens": 5}, {}),
     ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager"}),
     ("ViTDet, relative position", "VitDetBackbone", BIASED, {"attention": "eager"}),
-    ("LW-DETR ViT", "LwDetrViTBackbone", LW_DETR, {"refused": "for every batch"}),
+    ("LW-DETR ViT", "LwDetrViTBackbone", LW_DETR, {"refused": "tokens of several images"}),
     ("SAM vision", "SamVisionModel", FACE_SAM, {}),
     ("SAM-HQ vision", "SamHQVisionModel", FACE_SAM, {}),
     ("SAM 2 Hiera", "Sam2HieraDetModel", FACE_SAM_2, {"blocks": 8, "refused": "max_pool2d", "inputs": _of_64_pixels}),
     ("SAM 3 ViT", "Sam3ViTModel", FACE_SAM_3, {}),
     ("SAM 3 ViT, padded", "Sam3ViTModel", {**FACE_SAM_3, "window_size": 3}, {"attention": "sdpa"}),
-    ("Hiera", "HieraModel", FACE_HIERA, {"blocks": 7, "refused": "over the token axis"}),
+    ("Hiera", "HieraModel", FACE_HIERA, {"attention": "eager", "blocks": 7, "refused": "max.dim has no rule"}),
     ("Swin", "SwinModel", FACE_SWIN, {"blocks": 2}),
     ("Swin, padded", "SwinModel", PADDED, {"attention": "eager"}),
     ("Swin backbone", "SwinBackbone", STAGES, {}),
@@ -125,12 +132,7 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("MaskFormer Swin", "MaskFormerSwinBackbone", STAGES, {"attention": "eager"}),
     ("Swin2SR", "Swin2SRForImageSuperResolution", SUPER, {"attention": "eager"}),
     ("CLAP audio", "ClapAudioModel", CLAP, {"attention": "eager", "inputs": _sounds}),
-    (
-        "Florence-2 DaViT",
-        "Florence2VisionBackbone",
-        FLORENCE,
-        {"attention": "eager", "blocks": 8, "refused": CONVOLVES},
-    ),
+    ("Florence-2 DaViT", "Florence2VisionBackbone", FLORENCE, IN_PART),
     ("SegFormer", "SegformerModel", POOLED, {"attention": "eager", "blocks": 4, "refused": CONVOLVES}),
     ("PVT", "PvtModel", POOLED, {"attention": "eager", "blocks": 4, "refused": CONVOLVES}),
 )

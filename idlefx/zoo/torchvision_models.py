@@ -31,7 +31,7 @@ def _swin_v2(windows: tuple[int, int] = (4, 4)) -> nn.Module:
 def _max_vit() -> nn.Module:
     from torchvision.models.maxvit import MaxVit
 
-    return MaxVit((64, 64), 16, 4, [24, 48], [1, 1], 8, 0.0, num_classes=7)
+    return MaxVit((64, 64), 16, 2, [24, 48], [1, 1], 8, 0.0, num_classes=7)
 
 
 def _swin_3d(depths: list[int], frames: int) -> nn.Module:

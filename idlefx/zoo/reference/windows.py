@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum)
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 SOFTMAXES = (torch.softmax, Tensor.softmax, F.softmax)
 NOBODY = -1
 
@@ -47,8 +47,9 @@ class WindowAttention(TorchFunctionMode):
             self._product = None
             return func(self._weigh(args[0]), *args[1:], **kwargs)
         result = func(*args, **kwargs)
-        if func is torch.einsum and kwargs == {} and len(args) == 3:
-            args = (args[1], args[2].transpose(-2, -1))  # of queries and keys, if their features are summed up
+        if func is torch.einsum and _multiplies_keys(args[0]):
+            args = (args[1], args[2].transpose(-2, -1))
+            func = torch.matmul
         if func in PRODUCTS and result.shape[-1] == result.shape[-2]:
             self._product = (args[0], args[1], result.numel())
         return result
@@ -73,6 +74,12 @@ class WindowAttention(TorchFunctionMode):
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
+def _multiplies_keys(equation: str) -> bool:
+    """Whether an einsum is queries times keys, such as "bhid,bhjd->bhij"."""
+    a, b, result = equation.replace(" ", "").replace("->", ",").split(",")
+    return a[-1] == b[-1] and a[:-2] == b[:-2] and result == a[:-1] + b[-2]
+
+
 @dataclass(frozen=True)
 class Slots:
     """The tokens of one attention.
@@ -94,6 +101,11 @@ class Slots:
         """The token in each slot of each window, (windows, slots)."""
         lowest = self.tokens.amin(1)
         return torch.stack([self.tokens[lowest == window][0] for window in lowest.unique()])
+
+    @property
+    def is_over_heads(self) -> bool:
+        """Whether the heads of one token stand in all slots of a row: weights that a model makes and never reads."""
+        return self.tokens.shape[1] > 1 and bool((self.tokens == self.tokens[:, :1]).all())
 
 
 def find_slots(run: Callable[[Tensor], Any], x: Tensor, dims: tuple[int, ...]) -> list[Slots]:
@@ -162,7 +174,8 @@ def rested(
         ValueError: Other windows or tokens work than the rule allows.
     """
     batch, count = x.shape[0], math.prod(x.shape[d] for d in dims)
-    slots = find_slots(run, x, dims)
+    found = find_slots(run, x, dims)
+    slots = [each for each in found if not each.is_over_heads]
     if not slots or any(not torch.equal(each.window, slots[0].window) for each in slots):
         raise ValueError("the block runs no attention over windows that the reference recognises")
     if inside:
@@ -181,7 +194,7 @@ def rested(
         excess = _excess(scores[heads], works[heads], groups[heads], keep)
     else:
         excess = _excess(scores, works, window, keep)
-    hidden = [(s.tokens != NOBODY) & ~works[s.tokens.clamp(min=0)] for s in slots]
+    hidden = [(s.tokens != NOBODY) & ~works[s.tokens.clamp(min=0)] & (not s.is_over_heads) for s in found]
     with WindowAttention([torch.zeros(h.shape).masked_fill(h, -math.inf) for h in hidden]):
         output = run(x)
     where = works.view([x.shape[d] if d in (0, *dims) else 1 for d in range(x.ndim)])
