@@ -72,12 +72,6 @@ CLAP = {
     "patch_size": 4, "patch_stride": [4, 4], "spec_size": 64, "num_mel_bins": 64, "window_size": 4, "hidden_size": 48,
     "patch_embeds_hidden_size": 24, "depths": [2, 1], "num_attention_heads": [2, 2], "num_hidden_layers": 2,
 }  # fmt: skip
-FLORENCE = {
-    "embed_dim": [16, 16, 32, 32], "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4, "window_size": 4,
-}  # fmt: skip
-POOLED = {"hidden_sizes": [16, 16, 32, 32], "depths": [1] * 4, "num_attention_heads": [1, 2, 2, 2], "image_size": 64}
-CONVOLVES = "convolves over neighbouring tokens"
-IN_PART = {"attention": "eager", "blocks": 8, "refused": CONVOLVES, "inputs": _of_64_pixels}
 HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label, class, options, how the entry differs
     ("ViT", "ViTModel", {}, {}),
     ("ViT classifier", "ViTForImageClassification", {}, {}),
@@ -125,16 +119,12 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("Swin, padded", "SwinModel", PADDED, {"attention": "eager"}),
     ("Swin backbone", "SwinBackbone", STAGES, {}),
     ("Swin v2", "Swinv2Model", FACE_SWIN, {"blocks": 2, "attention": "eager"}),
-    ("Swin v2, padded", "Swinv2Model", PADDED, {"attention": "eager"}),
     ("Swin v2 backbone", "Swinv2Backbone", STAGES, {"attention": "eager"}),
     ("Donut Swin", "DonutSwinModel", FACE_SWIN, {"blocks": 2, "attention": "eager"}),
     ("Donut Swin, not square", "DonutSwinModel", WIDE, {"attention": "eager", "inputs": _wide}),
     ("MaskFormer Swin", "MaskFormerSwinBackbone", STAGES, {"attention": "eager"}),
     ("Swin2SR", "Swin2SRForImageSuperResolution", SUPER, {"attention": "eager"}),
     ("CLAP audio", "ClapAudioModel", CLAP, {"attention": "eager", "inputs": _sounds}),
-    ("Florence-2 DaViT", "Florence2VisionBackbone", FLORENCE, IN_PART),
-    ("SegFormer", "SegformerModel", POOLED, {"attention": "eager", "blocks": 4, "refused": CONVOLVES}),
-    ("PVT", "PvtModel", POOLED, {"attention": "eager", "blocks": 4, "refused": CONVOLVES}),
 )
 
 

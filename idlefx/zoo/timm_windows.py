@@ -15,22 +15,15 @@ PLAIN = {**SAM, "use_rel_pos": False}
 SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}
 WIDE = {**SWIN, "img_size": (32, 48), "window_size": (2, 4)}
 WHOLE = {**SWIN, "always_partition": True}
-OTHER = {**SWIN, "img_size": 48, "window_size": 6, "pretrained_window_sizes": (3, 3)}
 MAXVIT = {"img_size": 64, "embed_dim": (32, 32, 64, 64), "depths": (1, 1, 2, 2), "stem_width": 16}
 NEST = {"img_size": 32, "embed_dims": (24, 24, 48), "num_heads": (2, 2, 2), "depths": (1, 1, 1)}
 GCVIT = {"img_size": 64, "embed_dim": 16, "depths": (1, 2, 2, 2), "num_heads": (2, 2, 2, 2)}
-HIERA = {"img_size": 64, "embed_dim": 16, "stages": (2, 2, 2, 2)}
 LIKE_CONVIT = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 2}
 SAM2 = {
     "embed_dim": 16, "num_heads": 1, "stages": (1, 2, 3, 2), "global_att_blocks": (4,), "window_spec": (4, 2, 2, 2),
 }  # fmt: skip
 VISFORMER = {"img_size": 64, "embed_dim": 48, "depth": (1, 2, 2), "num_heads": 2}
-TINY = {
-    "embed_dims": (16, 32, 32, 32), "depths": (1, 1, 2, 1), "num_heads": (2, 2, 2, 2), "window_sizes": (4, 4, 4, 2),
-}  # fmt: skip
-DAVIT = {"embed_dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "window_size": 4}
 VOLO = {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (24,) * 4, "num_heads": (2,) * 4}
-TNT = {"img_size": 64, "embed_dim": 48, "inner_dim": 16, "num_heads_inner": 2, "num_heads_outer": 3, "depth": 2}
 POOLED = "no rule|statistic over the token axis|convolves over neighbouring tokens"
 
 
@@ -75,7 +68,6 @@ ROWS = (
     _Row("swin_transformer_v2", "swinv2_tiny_window16_256", {**SWIN, "window_size": 8}, 3, also="one window"),
     _Row("swin_transformer_v2", "swinv2_small_window8_256", {**SWIN, "img_size": 36}, 3, also="padded"),
     _Row("swin_transformer_v2", "swinv2_small_window8_256", SWIN, 3, also="unfused", fused=False),
-    _Row("swin_transformer_v2", "swinv2_base_window12to16_192to256", OTHER, 3),
     _Row("swin_transformer_v2_cr", "swinv2_cr_tiny_224", SWIN, 3),
     _Row("swin_transformer_v2_cr", "swinv2_cr_tiny_ns_224", SWIN, 3),
     _Row("swin_transformer_v2_cr", "swinv2_cr_small_224", {**SWIN, "sequential_attn": True}, 3),
@@ -86,32 +78,18 @@ ROWS = (
     _Row("maxxvit", "maxvit_tiny_tf_224", MAXVIT, 12),
     _Row("maxxvit", "maxvit_tiny_pm_256", MAXVIT, 6, "other windows than another attention"),
     _Row("maxxvit", "maxxvit_rmlp_nano_rw_256", {"img_size": 64}, 14),
-    _Row("maxxvit", "maxxvitv2_nano_rw_256", MAXVIT, 6),
-    _Row("maxxvit", "coatnet_0_224", MAXVIT, 4, "avg_pool2d"),
-    _Row("maxxvit", "coatnet_nano_rw_224", MAXVIT, 4, "avg_pool2d"),
-    _Row("maxxvit", "coatnet_nano_cc_224", MAXVIT, 2),
-    _Row("maxxvit", "coatnet_rmlp_nano_rw_224", MAXVIT, 4, "avg_pool2d"),
-    _Row("maxxvit", "coatnext_nano_rw_224", MAXVIT, 4, "avg_pool2d"),
     _Row("nest", "Nest", NEST, 3),
     _Row("nest", "Nest", {**NEST, "pad_type": "same"}, 3, also="unfused", fused=False),
     _Row("gcvit", "GlobalContextVit", {**GCVIT, "window_size": (4, 4, 4, 2)}, 7, "from outside the block"),
     _Row("twins", "twins_svt_small", {"img_size": 64}, 18, POOLED),
     _Row("hiera", "hiera_tiny_224", {"img_size": 64}, 12, POOLED),
-    _Row("hiera", "hiera_base_plus_224", {**HIERA, "num_heads": 2}, 8, POOLED),
-    _Row("hiera", "hiera_small_abswin_256", {**HIERA, "num_heads": 1}, 8, POOLED),
     _Row("hieradet_sam2", "sam2_hiera_tiny", SAM2, 8, POOLED),
     _Row("hieradet_sam2", "hieradet_small", SAM2, 8, POOLED),
     _Row("visformer", "visformer_tiny", VISFORMER, 4),
     _Row("visformer", "visformer_small", {**VISFORMER, "attn_stage": "111"}, 5, POOLED),
     _Row("volo", "VOLO", VOLO, 3),
-    _Row("mobilevit", "mobilevit_xxs", {}, 9, "no image tokens"),
-    _Row("tnt", "tnt_s_patch16_224", TNT, 4),
     _Row("levit", "levit_128s", {"img_size": 128}, 9),
-    _Row("levit", "levit_conv_128s", {"img_size": 128}, 9),
-    _Row("davit", "davit_tiny", DAVIT, 8, POOLED),
-    _Row("tiny_vit", "tiny_vit_5m_224", TINY, 4, POOLED),
     _Row("byoanet", "botnet26t_256", {"img_size": 128}, 3, "pads the token axis"),
-    _Row("byoanet", "halonet26t", {"img_size": 256}, 3, POOLED),
     _Row("pvt_v2", "pvt_v2_b0", {}, 8, POOLED),
     _Row("mvitv2", "mvitv2_tiny", {"img_size": 64}, 10, POOLED),
     _Row("xcit", "xcit_nano_12_p16_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}, None, "over the token axis"),

@@ -105,7 +105,7 @@ class Slots:
     @property
     def is_over_heads(self) -> bool:
         """Whether the heads of one token stand in all slots of a row: weights that a model makes and never reads."""
-        return self.tokens.shape[1] > 1 and bool((self.tokens == self.tokens[:, :1]).all())
+        return bool((self.tokens == self.tokens[:, :1]).all())
 
 
 def find_slots(run: Callable[[Tensor], Any], x: Tensor, dims: tuple[int, ...]) -> list[Slots]:
