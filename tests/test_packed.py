@@ -94,23 +94,23 @@ def test_work_that_has_no_size_for_one_image_is_refused_in_words():
 
 
 class Segments(nn.Module):
-    """Attention over each of several images that are packed into one sequence, as long as these lengths say."""
+    """Attention over each of several images that are packed into one sequence, as long as an input or a list says."""
 
-    def __init__(self, lengths: Tensor | list[int]) -> None:
+    def __init__(self, lengths: list[int] | None = None) -> None:
         super().__init__()
         self.patches, self.block = nn.Linear(PATCH, WIDTH), Block()
         self.lengths = lengths
 
-    def forward(self, patches: Tensor) -> Tensor:
-        lengths = self.lengths.tolist() if isinstance(self.lengths, Tensor) else self.lengths
-        return torch.cat([self.block(image) for image in self.patches(patches)[None].split(lengths, 1)], 1)
+    def forward(self, patches: Tensor, lengths: Tensor | None = None) -> Tensor:
+        told = self.lengths if lengths is None else [length for length in lengths.tolist() if length > 0]
+        return torch.cat([self.block(image) for image in self.patches(patches)[None].split(told, 1)], 1)
 
 
-def test_lengths_of_packed_images_must_be_plain_numbers_and_images_apart():
-    x = torch.randn(16, PATCH)
+def test_lengths_of_packed_images_must_be_plain_numbers():
+    x, lengths = torch.randn(16, PATCH), [10, 6]
     with pytest.raises(idlefx.CaptureError) as caught:
-        idlefx.inspect(Segments(torch.tensor([10, 6])).eval(), x)
+        idlefx.inspect(Segments().eval(), (x, torch.tensor(lengths)))
     assert says(str(caught.value), "lengths of packed images, must be plain numbers", r"test_packed\.py:\d+")
-    with pytest.raises(idlefx.IdleFxError) as caught:
-        idlefx.inspect(Segments([10, 6]).eval(), x)
-    assert says(str(caught.value), r"packed into one|dimension 0|batch")
+    with pytest.warns(UserWarning, match="fixes the batch size"):
+        idle = idlefx.convert(Segments(lengths).eval(), [0], 0.5, example_inputs=x)
+    assert [(step.kept, step.tokens) for step in idle.plan] == [(5, 10), (3, 6)], "of each image its share"
