@@ -1,4 +1,4 @@
-"""Tokens of all images packed into one sequence, as by models for images of any size: refused in words."""
+"""Tokens of all images packed into one sequence, as by models for images of any size: mostly refused, in words."""
 
 import pytest
 import torch
