@@ -71,7 +71,7 @@ def test_tables_and_plot_show_every_result(tmp_path):
     results[-1]["ms at batch 1"] = 20.0, 50.0
     text = real_study_shown.tables(results)
     assert text.count("| ToMe") == 4 and "9 whole photographs" in text and "| 0.250 " in text
-    assert "20.0 (2.50×)" in text and "right in 50%" in text
+    assert "| 20.0            | 2.50×" in text and "right in 50%" in text
     real_study_shown.draw(results, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 500
 
