@@ -40,7 +40,7 @@ def tables(results: list[Result]) -> str:
         body = [_cells_of_photographs(result) for result in of_size]
         title = f"{size} pixels, {dense['photographs']} whole photographs:"
         parts.append(f"{title}\n\n{tabulate(body, head, tablefmt='github', disable_numparse=True)}")
-        for key in sorted({key for result in of_size for key in result if key.startswith("ms")}):
+        for key in sorted({key for result in of_size for key in _time_keys(result)}):
             body = [(*_cells(r)[:4], *_speed(*r[key])) for r in of_size if key in r]
             head = ["method", "how", "GMACs", "cosine", key, "speed-up"]
             title = f"{size} pixels, the whole model compiled:"
@@ -65,28 +65,36 @@ def _speed(ms: float, dense_ms: float) -> tuple[str, str]:
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """What is lost over multiply-adds: direction of the feature, and overlap with the thing."""
+    """Over multiply-adds the direction of the feature and the overlap with the thing, over time the former again."""
     sizes = sorted({result["size"] for result in results})
-    figure, shown = Figure(figsize=(9, 3.6 * len(sizes)), layout="constrained"), dict[str, Any]()
-    for (left, right), size in zip(figure.subplots(len(sizes), 2, squeeze=False), sizes, strict=True):
+    figure, shown = Figure(figsize=(13, 3.6 * len(sizes)), layout="constrained"), dict[str, Any]()
+    for (left, middle, right), size in zip(figure.subplots(len(sizes), 3, squeeze=False), sizes, strict=True):
+        of_size = [result for result in results if result["size"] == size]
         for method, colour in COLOURS.items():
-            found = sorted(
-                (r["gmacs"], 1 - r["cosine"], r["iou"]) for r in results if r["method"] == method and r["size"] == size
-            )
-            if found:
-                gmacs, lost, overlaps = zip(*found, strict=True)
-                left.semilogy(gmacs, lost, "o-", color=colour, ms=4, label=method)
-                right.plot(gmacs, overlaps, "o-", color=colour, ms=4, label=method)
-        dense = next(r for r in results if r["method"] == "dense" and r["size"] == size)
-        right.plot(dense["gmacs"], dense["iou"], "k*", ms=10, label="dense")
-        left.set(xlabel="GMACs of the blocks", ylabel="1 − cosine to the dense feature", title=f"{size} pixels")
-        right.set(xlabel="GMACs of the blocks", ylabel="IoU of saliency and thing", title=f"{size} pixels")
-        for axes in (left, right):
+            found = sorted((r for r in of_size if r["method"] == method), key=lambda r: r["gmacs"])
+            style: dict[str, Any] = {"color": colour, "ms": 4, "label": method}
+            gmacs, lost = [r["gmacs"] for r in found], [1 - r["cosine"] for r in found]
+            left.semilogy(gmacs, lost, "o-", **style)
+            middle.plot(gmacs, [r["iou"] for r in found], "o-", **style)
+            timed = [r for r in found if _time_keys(r)]
+            right.semilogy([r[_time_keys(r)[0]][0] for r in timed], [1 - r["cosine"] for r in timed], "o", **style)
+        dense = next(r for r in of_size if r["method"] == "dense")
+        middle.plot(dense["gmacs"], dense["iou"], "k*", ms=10, label="dense")
+        taken = next((_time_keys(r)[0] for r in of_size if _time_keys(r)), "ms: not taken")
+        lost_label = "1 − cosine to the dense feature"
+        left.set(xlabel="GMACs of the blocks", ylabel=lost_label, title=f"{size} pixels")
+        middle.set(xlabel="GMACs of the blocks", ylabel="IoU of saliency and thing", title=f"{size} pixels")
+        right.set(xlabel=f"{taken}, the whole model compiled", ylabel=lost_label, title=f"{size} pixels, one budget")
+        for axes in (left, middle, right):
             axes.grid(alpha=0.3)
-        shown |= dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+        shown |= dict(zip(*reversed(middle.get_legend_handles_labels()), strict=True))
     figure.legend(shown.values(), shown.keys(), fontsize=8, loc="outside lower center", ncols=len(shown))
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
+
+
+def _time_keys(result: Result) -> list[str]:
+    return sorted(key for key in result if key.startswith("ms"))
 
 
 @torch.inference_mode()
