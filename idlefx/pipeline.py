@@ -231,7 +231,8 @@ def run_passes(passes: Sequence[Pass], module: fx.GraphModule, plan: Plan) -> fx
             if step in (add_cut_loss, return_stream):  # which promise more than they found
                 promise = replace(promise, outputs=(*promise.outputs, *promise_of(module).outputs[-1:]))
             verify(module, promise, step.__name__)
-        keep_contiguous(module.graph, promise.contiguous)
+        if passes not in (SPELL, STREAM):  # what comes of those is analysed still, and no token has moved
+            keep_contiguous(module.graph, promise.contiguous)
     finally:
         inference.forget(module.graph)
     module.recompile()
