@@ -12,6 +12,7 @@ from idlefx.search.candidates import Candidates
 from idlefx.search.work import Work
 from idlefx.zoo.comparisons import compare_following
 from tests.models.grids import COLUMNS, KINDS, ROWS, Causal, ChannelsLast, Pyramid, build, pictures
+from tests.support.gradients import check_slopes
 from tests.support.messages import says
 
 pytestmark = pytest.mark.filterwarnings("ignore:in train mode the model has other blocks")
@@ -87,18 +88,7 @@ def test_a_stage_ends_where_the_grid_changes():
 @pytest.mark.slow
 def test_gradients_are_slopes():
     model, x = build("relative", 2).double(), pictures(2, seed=3).double()
-    idle = idlefx.convert(model, **PLAN | {"example_inputs": x})
-    parameters = list(idle.parameters())
-    steps = [1e-6 * torch.randn_like(p) for p in parameters]
-    idle(x).square().sum().backward()
-    expected = sum(float((p.grad * step).sum()) for p, step in zip(parameters, steps, strict=True))
-    sums = []
-    with torch.no_grad():
-        for sign in (1, -2):
-            for p, step in zip(parameters, steps, strict=True):
-                p += sign * step
-            sums.append(float(idle(x).square().sum()))
-    assert (sums[0] - sums[1]) / 2 == pytest.approx(expected, rel=1e-5)
+    check_slopes(idlefx.convert(model, **PLAN | {"example_inputs": x}), x)
 
 
 def test_attention_that_takes_no_term_is_refused():

@@ -27,6 +27,7 @@ from tests.models.windows import (
     WindowedChannelsFirst,
     pictures,
 )
+from tests.support.gradients import check_slopes
 from tests.support.messages import refusal, says
 
 pytestmark = pytest.mark.filterwarnings("ignore:in train mode the model has other blocks")
@@ -143,17 +144,7 @@ def test_work_is_counted_as_reported(shifted):
 def test_gradients_are_slopes():
     model = build("shifted").double()
     idle = idlefx.convert(model, **PLAN | {"example_inputs": X.double()})
-    x, parameters = pictures(2, *SIDES, seed=3).double(), list(idle.parameters())
-    steps = [1e-6 * torch.randn_like(p) for p in parameters]
-    idle(x).square().sum().backward()
-    expected = sum(float((p.grad * step).sum()) for p, step in zip(parameters, steps, strict=True))
-    sums = []
-    with torch.no_grad():
-        for sign in (1, -2):
-            for p, step in zip(parameters, steps, strict=True):
-                p += sign * step
-            sums.append(float(idle(x).square().sum()))
-    assert (sums[0] - sums[1]) / 2 == pytest.approx(expected, rel=1e-5)
+    check_slopes(idle, pictures(2, *SIDES, seed=3).double())
 
 
 @pytest.mark.slow
