@@ -47,6 +47,7 @@ class Block:
         token_dim: Which dimension of the stream the tokens stand in; the first of them where they stand on a grid.
         batch_dim: Which dimension of the stream the batch stands in.
         grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
+        over_image: Whether the sides of the grid are those of the image; False where the stream stands in windows.
         windows: How many windows the attention is over, and how many slots each has; empty where it is over all tokens.
         partition: A digest of which token stands in which slot of which window; empty where there are none.
         prefix: Positions of the prefix tokens, which are always kept.
@@ -72,6 +73,7 @@ class Block:
     token_dim: int = 1
     batch_dim: int = 0
     grid: tuple[int, ...] = ()
+    over_image: bool = True
     windows: tuple[int, ...] = ()
     partition: str = ""
     prefix: tuple[int, ...] = ()

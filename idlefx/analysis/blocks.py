@@ -145,6 +145,7 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         token_dim=axes.tokens[0],
         batch_dim=axes.batch,
         grid=grid,
+        over_image=not walk.apart,
         windows=(windows.count, windows.size) if windows else (),
         partition=windows.digest if windows else "",
         prefix=positions,

@@ -87,7 +87,7 @@ def _workers(idle: IdleModule, batch: Tensor) -> dict[str, Grid]:
     leaders, workers = groups(idle, images), dict[str, Grid]()
     for first, *others in conversion_of(idle).plan.stages:  # the blocks of a stage have the same workers
         block = conversion_of(idle).blocks[first.block]
-        if block.grid and (len(block.grid) != 2 or block.grid == block.windows):
+        if not block.over_image or len(block.grid) > 2:
             raise InputError(f"draw: the tokens of block {first.block} ({block.path}) form no grid over the image")
         patch = torch.full((block.tokens + 1,), -1)  # the last one for those that rest
         patch[torch.tensor(block.image_positions)] = torch.arange(block.image_tokens)
