@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import idlefx
 from idlefx.cli.main import main
+from idlefx.training import datasets
 from tests.models.colours import CLASSES, COLOURS, MODEL, Colours, folder, models, picture
 from tests.support.messages import refusal, says
 
@@ -126,6 +127,8 @@ def test_the_command_prints_and_writes_what_python_finds(root, tmp_path, capsys)
         (lambda root: folder(root, "abc"), "has 3 classes, but the model tells 4 apart"),
         (lambda root: folder(root, "a"), "images of one class only"),
         (lambda root: (folder(root), picture(0, 0).save(root / "validation" / "x.png"))[0], "pictures lie in"),
+        (lambda _: [(torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, dtype=torch.long))], "must be a pair of tensors"),
+        (lambda _: [torch.zeros(2, 3, 16, 16)], "must be a pair of tensors"),
         (lambda _: [], "there are no images to evaluate on"),
         (lambda _: [(torch.zeros(1, 3, 16, 16), torch.tensor([4]))], "an image of class 4, but the model tells 4"),
     ],
@@ -135,8 +138,22 @@ def test_data_without_its_classes_is_refused(tmp_path, arrange, words):
     assert says(refusal(idlefx.evaluate, *models(), data), words)
 
 
+def test_a_stream_takes_no_limit(monkeypatch):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr(datasets, "_open", lambda *_, **__: Stream())
+    assert says(refusal(idlefx.evaluate, *models(), "wds/shards", limit=5), "wds/shards is a stream", "leave the limit")
+
+
 def test_a_limit_of_nothing_is_refused(root):
     assert says(refusal(idlefx.evaluate, *models(), root, limit=0), "limit is 0")
+
+
+def test_no_converted_model_takes_the_name_of_the_dense_one(root):
+    dense, idle = models()
+    assert says(refusal(idlefx.evaluate, dense, {"dense": idle}, root), "is what the dense model is called")
 
 
 def test_a_model_that_normalises_by_itself_wants_batches_of_bytes(root):

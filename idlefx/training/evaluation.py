@@ -43,7 +43,7 @@ def evaluate(
             latter is read; a data set as timm names it, hfds/… or wds/…; or an iterable of batches `(images, labels)`
             with images (B, channels, height, width) as the model takes them and labels (B,).
         batch_size: Images in a batch, unless `data` holds batches.
-        limit: The most images to look at, spread evenly over a folder; of an iterable the most batches' worth of them.
+        limit: The most images to look at, spread evenly over a folder; of an iterable whole batches up to it.
         split: The folder or split to evaluate on.
         root: Where a named data set lies or is cached.
         workers: Processes that read images.
@@ -57,6 +57,8 @@ def evaluate(
     """
     models = dict(idle) if isinstance(idle, Mapping) else {IDLE: idle}
     check_models(model, models)
+    if DENSE in models:
+        raise InputError(f"evaluate: `{DENSE}` is what the dense model is called; give the converted one another name")
     facts = facts_of(model, models)
     classes, total, batches = class_counts(model, facts), None, data
     if limit is not None and limit < 1:
@@ -73,13 +75,25 @@ def evaluate(
     hidden = None if progress else True
     bar = tqdm(batches, "evaluate", total, unit="batch", leave=False, disable=hidden)
     with evaluating([model, *models.values()]), torch.no_grad():
-        for images, labels in bar:
-            tally.add(model, images, labels)
+        for batch in bar:
+            tally.add(model, *_labelled(batch))
             if limit is not None and tally.images >= limit:
                 break
     if not tally.images:
         raise InputError("data: there are no images to evaluate on")
     return tally.evaluation()
+
+
+def _labelled(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch, if it has both."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+        images, labels = batch
+        if labels.shape == images.shape[:1] and len(labels) and not labels.is_floating_point():
+            return images, labels
+    raise InputError(
+        "evaluate: a batch must be a pair of tensors, images (B, channels, height, width) and the numbers of their "
+        "classes (B,)"
+    )
 
 
 def _agreed(name: str, there: int, classes: set[int]) -> set[int]:
