@@ -7,6 +7,7 @@ from torch import nn
 import idlefx
 from idlefx.capture.export import capture
 from idlefx.options import PlanOptions
+from idlefx.records import Step
 from idlefx.runtime.selections import groups
 from idlefx.search.candidates import Candidates
 from idlefx.search.work import Work
@@ -17,7 +18,7 @@ from tests.support.messages import says
 
 pytestmark = pytest.mark.filterwarnings("ignore:in train mode the model has other blocks")
 
-BASIC = ("relative", "first")
+BASIC, CONVOLVING = ("relative", "first"), ("first", "norm_written")
 PLAN = {"layers": [0, 1], "keep": 0.6, "idle": "follow", "example_inputs": pictures(2)}
 
 
@@ -36,6 +37,19 @@ def test_follows_as_the_reference_does(kind):
     assert [len(stage) for stage in idle.plan.stages] == [1, 2]
     assert not torch.allclose(idle(x), model(x), rtol=1e-2)
     assert agrees(model, idle)
+
+
+@pytest.mark.parametrize("kind", [k if k in BASIC else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_rewritten_to_keep_all_tokens_is_the_original_bit_by_bit(kind, monkeypatch):
+    model, x = build(kind, 3), pictures(3, seed=1)
+    model.neck = nn.Identity()
+    monkeypatch.setattr(Step, "idles", True)  # or a block that keeps all would be left as it is
+    idle = idlefx.convert(model, **PLAN | {"keep": 1.0})
+    assert [len(stage) for stage in idle.plan.stages] == [1, 2]
+    if kind in CONVOLVING:  # which adds up in another order where memory is laid out in another
+        torch.testing.assert_close(idle(x), model(x), atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(idle(x), model(x))
 
 
 @pytest.mark.slow

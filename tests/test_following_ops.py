@@ -113,6 +113,15 @@ def test_gradients_are_those_of_the_formula():
     assert torch.autograd.gradgradcheck(through, x)
 
 
+def test_a_token_alone_is_what_became_of_it():
+    x, after = torch.randn(2, 9, 3), torch.randn(2, 9, 3)
+    workers, place, order, leaders = grouped(x, kept=7)
+    assert torch.equal(place, workers) and torch.equal(order, workers) and leaders.shape == (2, 0)
+    means, sizes = averaged(x, (workers, place, order, leaders))
+    assert torch.equal(means, x) and sizes.eq(1).all()
+    assert torch.equal(following.restore_tokens(x, means, after, workers, place, order, leaders), after)
+
+
 def test_sums_of_half_precision_are_made_in_single():
     x = torch.full((1, 300, 2), 1.0, dtype=torch.bfloat16)
     x[:, ::2] = 1.0078125  # the next number in half precision

@@ -10,6 +10,7 @@ import idlefx
 from idlefx.capture.export import capture
 from idlefx.errors import InputError
 from idlefx.options import PlanOptions
+from idlefx.records import Step
 from idlefx.runtime.selections import groups, selections
 from idlefx.search.candidates import Candidates
 from idlefx.search.work import Work
@@ -114,6 +115,18 @@ def test_a_group_moves_as_its_worker_does(shifted):
 def test_keeping_all_is_the_model(shifted):
     model, _ = shifted
     assert torch.equal(idlefx.convert(model, **PLAN | {"keep": 1.0})(X), model(X))
+
+
+@pytest.mark.parametrize("kind", [k if k == "shifted" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_rewritten_to_keep_all_tokens_is_the_original_bit_by_bit(kind, monkeypatch):
+    monkeypatch.setattr(Step, "idles", True)  # or a block that keeps all would be left as it is
+    model = build(kind)
+    idle = idlefx.convert(model, **PLAN | {"keep": 1.0})
+    assert [len(stage) for stage in idle.plan.stages] == KINDS[kind][1]
+    if kind == "merged heads":  # torch computes attention in three dimensions in another way where there is a mask
+        torch.testing.assert_close(idle(X), model(X), atol=1e-6, rtol=1e-5)
+    else:
+        assert torch.equal(idle(X), model(X))
 
 
 @torch.no_grad()

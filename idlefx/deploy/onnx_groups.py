@@ -79,4 +79,4 @@ def restore_tokens(
     if (dim, batch_dim, x.ndim) != (1, 0, 3):
         return following.restore_tokens(x, before, after, workers, place, order, leaders, dim, batch_dim)
     precision = torch.promote_types(x.dtype, torch.float32)
-    return (x + rows(after.to(precision) - before.to(precision), place)).to(x.dtype)
+    return (rows(after.to(precision), place) + (x - rows(before.to(precision), place))).to(x.dtype)

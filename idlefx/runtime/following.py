@@ -130,6 +130,8 @@ def restore_tokens(
 ) -> Tensor:
     """Let every token take over what the blocks added to the mean of its group.
 
+    What sets a token apart from that mean is added to what became of it: so a token alone is that, bit by bit.
+
     Args:
         x: All tokens as they went in, such as (B, N, C).
         before: The means of the groups, as they went in, such as (B, W, C).
@@ -141,10 +143,10 @@ def restore_tokens(
         dim: The token dimension of the first three.
         batch_dim: Their batch dimension.
     """
-    tokens, means, results = (t.movedim((batch_dim, dim), (0, 1)) for t in (x, before, after))
     precision = torch.promote_types(x.dtype, torch.float32)
-    update = with_gradient(_Spread, results.to(precision) - means.to(precision), workers, place, order, leaders)
-    return (tokens + update).to(x.dtype).movedim((0, 1), (batch_dim, dim))
+    tokens, means, results = (t.movedim((batch_dim, dim), (0, 1)).to(precision) for t in (x, before, after))
+    restored: Tensor = with_gradient(_Restore, tokens, means, results, workers, place, order, leaders)
+    return restored.to(x.dtype).movedim((0, 1), (batch_dim, dim))
 
 
 def follows(workers: Tensor, leaders: Tensor, kind: torch.dtype) -> Tensor:
@@ -182,34 +184,36 @@ def _rows_before(x: Tensor, each: int) -> Tensor:
     return torch.arange(x.shape[0], device=x.device).unsqueeze(1) * each
 
 
-class _Spread(torch.autograd.Function):
-    """Gives each token the row of its worker; the gradient of a row is the sum over its group."""
+class _Restore(torch.autograd.Function):
+    """Adds up by token what stands for its group; the gradient of that is the sum over the group."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(update: Tensor, workers: Tensor, place: Tensor, order: Tensor, leaders: Tensor) -> Tensor:
-        return rows(update, place, 1)
+    def forward(
+        x: Tensor, before: Tensor, after: Tensor, workers: Tensor, place: Tensor, order: Tensor, leaders: Tensor
+    ) -> Tensor:
+        return rows(after, place, 1) + (x - rows(before, place, 1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *groups = inputs
+        _, _, _, *groups = inputs
         ctx.save_for_backward(*groups)
         ctx.save_for_forward(*groups)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         workers, _, order, leaders = ctx.saved_tensors
-        return _sums(grad, workers, order, leaders).to(grad.dtype), None, None, None, None
+        sums = _sums(grad, workers, order, leaders).to(grad.dtype)
+        return grad, -sums, sums, None, None, None, None
 
 
-class _SpreadInEager(_Spread):
+class _RestoreInEager(_Restore):
     """With derivatives in forward mode, which torch.compile does not take."""
 
     @staticmethod
-    def jvp(ctx: Any, update: Tensor, *_: Any) -> Tensor:
-        _, place, *_ = ctx.saved_tensors
-        return rows(update, place, 1)
+    def jvp(ctx: Any, x: Tensor, before: Tensor, after: Tensor, *_: Any) -> Tensor:
+        return _Restore.forward(x, before, after, *ctx.saved_tensors)
 
 
-IN_EAGER[_Spread] = _SpreadInEager
+IN_EAGER[_Restore] = _RestoreInEager

@@ -90,4 +90,6 @@ def nearest_workers(unit: Tensor, order: Tensor, working: int, prefix: tuple[int
         cosines = cosines.masked_fill(ops.are_prefix(workers, prefix).unsqueeze(1), -math.inf)
     leaders = cosines.argmax(-1) + first
     places = order.argsort(dim=1)
+    if working == order.shape[1]:  # nobody idles, and there is no leader to gather
+        return leaders, places
     return leaders, torch.where(places < working, places, leaders.gather(1, (places - working).clamp(min=0)))
