@@ -29,6 +29,7 @@ _PASSING = (
     aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.to.dtype,
     aten._to_copy.default, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar,
 )  # fmt: skip
+_REORDERING = (aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.movedim.int)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def branches_along(
     """
     branches, closed = [], 0  # `closed`: position of the sum of the branch that starts at `start`
     for at in range(1, len(stream)):
-        if _joins(flow, stream[at]) and _is_same_stream(shape_of(stream[at]), shape_of(stream[0])):
+        if _joins(flow, stream[at]) and _is_same_stream(stream[: at + 1]):
             fork = _addend_among(set(stream[closed:at]), stream[at])
             if fork is not None:
                 branches.append(Branch(start, stream[closed], tuple(stream[closed + 1 : stream.index(fork) + 1])))
@@ -154,11 +155,14 @@ def starts_before(flow: nx.DiGraph, source: fx.Node, node: fx.Node, tail: int) -
         node = start
 
 
-def _is_same_stream(a: list[int], b: list[int]) -> bool:
-    """Whether two shapes are equal, or one after rows and columns of the other are flattened."""
-    few, many = sorted((a, b), key=len)
+def _is_same_stream(path: Sequence[fx.Node]) -> bool:
+    """Whether the ends of a path have one shape, or one after rows and columns of the other are flattened.
+
+    Sizes may agree by chance, as where there are as many features as rows: nothing may reorder dimensions on the way.
+    """
+    few, many = sorted((shape_of(path[0]), shape_of(path[-1])), key=len)
     flattened = [[*many[:d], many[d] * many[d + 1], *many[d + 2 :]] for d in range(len(many) - 1)]
-    return few == many or few in flattened
+    return few == many or (few in flattened and not any(node.target in _REORDERING for node in path))
 
 
 def _joins(flow: nx.DiGraph, node: fx.Node) -> bool:

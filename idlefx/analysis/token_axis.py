@@ -55,7 +55,8 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
             continue
         if walk[trunk.exit] == walk[trunk.entry]:
             return axes, walk
-        refusals.append((axes, RefusedOperation("the tokens leave the block in another order", trunk.exit)))
+        reordered = f"the tokens leave the block in another order (at {source_line(trunk.exit)})"
+        refusals.append((axes, RefusedOperation(reordered, trunk.exit)))
     # What does not hold the tokens is refused early: of the axes that went furthest is said what matters. The last
     # dimension is that of the features in most models, and may go far where a norm is spelled out.
     order = {node: place for place, node in enumerate(nodes)}
