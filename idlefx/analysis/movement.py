@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from idlefx.analysis.edits import Rearrange
@@ -87,16 +87,27 @@ def _moved(node: fx.Node, before: Layout) -> Layout:
     (images,) = factors_of(before, "batch")
     batch = SMALL_BATCH * images.size // FREE_BATCH if images.size % FREE_BATCH == 0 else images.size
     features = math.prod(f.size for f in factors_of(before, ""))
-    told = numbers(before, sides, batch)
+    try:
+        result = moved(node, numbers(before, sides, batch))
+    except RuntimeError:  # a size that was written down for another batch
+        refuse(node, "moves the tokens in a way that is not the same for every batch")
+    return Reading(node, images, batch, token_count(sides), features).layout(result)
+
+
+def moved(node: fx.Node, told: Tensor) -> Tensor:
+    """What a node that moves numbers makes of these, with a small batch; padding is `NOBODY`.
+
+    Raises:
+        RuntimeError: They are of another size than it moves.
+    """
     operand = node.args[0]
     args: Any
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: told if n is operand else number(n, SMALL_BATCH))
     target: Any = _FREE.get(node.target, node.target)
-    try:
-        moved = torch.constant_pad_nd(told, list(args[1]), NOBODY) if node.target in _PADS else target(*args, **kwargs)
-    except RuntimeError:  # a size that was written down for another batch
-        refuse(node, "moves the tokens in a way that is not the same for every batch")
-    return Reading(node, images, batch, token_count(sides), features).layout(moved)
+    result: Tensor = (
+        torch.constant_pad_nd(told, list(args[1]), NOBODY) if node.target in _PADS else target(*args, **kwargs)
+    )
+    return result
 
 
 def _pads_zeros(node: fx.Node) -> bool:

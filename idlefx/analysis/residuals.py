@@ -11,6 +11,7 @@ The upper line is the residual stream: whatever comes from the image passes it. 
 a norm in a post-norm one.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,9 @@ import torch
 from torch import fx
 
 from idlefx.analysis.attention import Core
+from idlefx.analysis.movement import MOVES, moved
 from idlefx.graph.queries import dominator_chain, leaks, post_dominator_chain, region, value
-from idlefx.graph.sizes import shape_of
+from idlefx.graph.sizes import SMALL_BATCH, shape_of
 
 aten = torch.ops.aten
 
@@ -29,7 +31,6 @@ _PASSING = (
     aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.detach.default, aten.to.dtype,
     aten._to_copy.default, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar,
 )  # fmt: skip
-_REORDERING = (aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.movedim.int)
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,23 @@ def starts_before(flow: nx.DiGraph, source: fx.Node, node: fx.Node, tail: int) -
 
 
 def _is_same_stream(path: Sequence[fx.Node]) -> bool:
-    """Whether the ends of a path have one shape, or one after rows and columns of the other are flattened.
-
-    Sizes may agree by chance, as where there are as many features as rows: nothing may reorder dimensions on the way.
-    """
-    few, many = sorted((shape_of(path[0]), shape_of(path[-1])), key=len)
+    """Whether the ends of a path have one shape, or one after rows and columns of the other are flattened."""
+    first, last = shape_of(path[0]), shape_of(path[-1])
+    few, many = sorted((first, last), key=len)
     flattened = [[*many[:d], many[d] * many[d + 1], *many[d + 2 :]] for d in range(len(many) - 1)]
-    return few == many or (few in flattened and not any(node.target in _REORDERING for node in path))
+    return first == last or (few in flattened and _keeps_order(path))
+
+
+def _keeps_order(path: Sequence[fx.Node]) -> bool:
+    """Whether what moves numbers along a path leaves them in order; sizes alone may agree, as of features and rows."""
+    shape = shape_of(path[0], SMALL_BATCH)
+    order = torch.arange(math.prod(shape)).view(shape)
+    for node in path[1:]:
+        if node.target in MOVES:
+            order = moved(node, order)
+        elif value(node) is None or shape_of(node, SMALL_BATCH) != list(order.shape):
+            return True  # numbers are made anew, and nothing is known but sizes
+    return torch.equal(order.flatten(), torch.arange(order.numel()))
 
 
 def _joins(flow: nx.DiGraph, node: fx.Node) -> bool:
