@@ -1,5 +1,6 @@
 """Operations that tokens pass one by one: a block with them idles as the reference does; over tokens it is refused."""
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
@@ -67,6 +68,38 @@ class Bilinear(nn.Module):
         return torch.einsum("...hd,hd,fh->...f", x.unflatten(-1, (4, 24)), self.a, self.b)
 
 
+class Pooled(nn.Module):
+    """Pooled along features, and the largest of each group of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = F.avg_pool1d(x, 2).repeat_interleave(2, -1)
+        groups = x.unflatten(-1, (-1, 4)).mT
+        largest, least = groups.max(-2, keepdim=True).values, groups.min(-2)[0].sum(-1, keepdim=True)
+        return pairs + (groups - largest).mT.flatten(2) * least
+
+
+class GroupNormByRows(nn.Module):
+    """A norm of groups of features, token by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, 1)).view_as(x)
+
+
+class OverTokens(nn.Module):
+    """An operation on features first (B, C, N), which makes a gate for each image."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.operation(x.mT).flatten(1).mean(1).view(-1, 1, 1)
+
+
 def with_mlp(activation: nn.Module) -> nn.Module:
     model = build("vit")
     for block in model.blocks:
@@ -79,7 +112,17 @@ def with_mlp(activation: nn.Module) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:in train mode the model has other blocks")
 @pytest.mark.parametrize(
     "activation",
-    [nn.Hardswish(inplace=True), nn.LogSigmoid(), nn.PReLU(), Slopes(96), NormByRows(), Aliases(), Bilinear()],
+    [
+        nn.Hardswish(inplace=True),
+        nn.LogSigmoid(),
+        nn.PReLU(),
+        Slopes(96),
+        NormByRows(),
+        Aliases(),
+        Bilinear(),
+        Pooled(),
+        GroupNormByRows(),
+    ],
     ids=lambda module: type(module).__name__,
 )
 def test_block_idles_with_it(activation):
@@ -105,8 +148,15 @@ class ByPosition(nn.Module):
 @pytest.mark.filterwarnings("ignore:the model's own code fixes the batch size")
 @pytest.mark.parametrize(
     ("activation", "words"),
-    [(SlopesByToken(), r"prelu.*scales over the token axis"), (ByPosition(), r"reshape_as.*breaks up the token axis")],
-    ids=["prelu", "reshape_as"],
+    [
+        (SlopesByToken(), r"prelu.*scales over the token axis"),
+        (ByPosition(), r"reshape_as.*breaks up the token axis"),
+        (OverTokens(nn.AvgPool1d(2)), r"avg_pool1d.*pools neighbouring tokens"),
+        (OverTokens(lambda x: x.unfold(2, 3, 1)), r"unfold.*takes overlapping patches"),
+        (OverTokens(lambda x: x.max(2)[0]), r"max\.dim takes a statistic over the token axis"),
+        (OverTokens(nn.GroupNorm(4, 96)), r"group_norm.*normalises over the token axis"),
+    ],
+    ids=["prelu", "reshape_as", "pool", "unfold", "max", "group_norm"],
 )
 def test_over_tokens_it_is_refused(activation, words):
     model = with_mlp(activation)

@@ -26,9 +26,9 @@ aten = torch.ops.aten
 
 MOVES: set[Any] = {
     aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
-    aten.swapaxes.default, aten.movedim.int, aten.contiguous.default, aten.clone.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default,
-    aten.roll.default, aten.pad.default, aten.constant_pad_nd.default, aten.slice.Tensor,
+    aten.swapaxes.default, aten.mT.default, aten.movedim.int, aten.contiguous.default, aten.clone.default,
+    aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
+    aten.unsqueeze.default, aten.roll.default, aten.pad.default, aten.constant_pad_nd.default, aten.slice.Tensor,
 }  # fmt: skip
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 # Numbers are not laid out in memory as the tokens were, so that a view may need to be a copy.

@@ -12,6 +12,7 @@ from idlefx.analysis.partition import NOBODY, Windows
 from idlefx.analysis.refusal import refuse, refuse_movement
 from idlefx.analysis.rules import (
     compute,  # noqa: F401  so that their rules are known
+    neighbours,  # noqa: F401  so that their rules are known
     reshape,  # noqa: F401  so that their rules are known
     split_join,  # noqa: F401  so that their rules are known
 )

@@ -24,7 +24,7 @@ SAM2 = {
 }  # fmt: skip
 VISFORMER = {"img_size": 64, "embed_dim": 48, "depth": (1, 2, 2), "num_heads": 2}
 VOLO = {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (24,) * 4, "num_heads": (2,) * 4}
-POOLED = "no rule|statistic over the token axis|convolves over neighbouring tokens"
+POOLED = "statistic over the token axis|(convolves over|pools) neighbouring tokens"
 
 
 class _Row(NamedTuple):

@@ -47,6 +47,14 @@ def batch_norm(walk: Walk, node: fx.Node) -> Layout:
     return layout
 
 
+@rule(aten.group_norm.default)
+def group_norm(walk: Walk, node: fx.Node) -> Layout:
+    """Statistics over all dimensions but the batch, for some features at a time."""
+    layout = walk[node.args[0]]
+    need_features(node, layout, range(1, len(layout)), "normalises")
+    return layout
+
+
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
 def softmax(walk: Walk, node: fx.Node) -> Layout:
     """Over features; or over the keys of an attention map, which has queries on another token axis."""
@@ -184,6 +192,17 @@ def reduce(walk: Walk, node: fx.Node) -> Layout:
     return tuple(dim for d, dim in enumerate(layout) if d not in dims)
 
 
+@rule(aten.max.dim, aten.min.dim)
+def extreme(walk: Walk, node: fx.Node) -> tuple[Layout, Layout]:
+    """The largest or smallest over one dimension of features, and where it stands."""
+    layout = walk[node.args[0]]
+    dim = dimension(node, argument(node, 1, "dim"), len(layout))
+    need_features(node, layout, [dim], "takes a statistic")
+    left = ((),) if argument(node, 2, "keepdim", False) else ()
+    found = (*layout[:dim], *left, *layout[dim + 1 :])
+    return found, found
+
+
 @rule(aten.scaled_dot_product_attention.default)
 def attention(walk: Walk, node: fx.Node) -> Layout:
     """The one place where tokens are mixed: over all tokens of the sequence, in one order."""
@@ -208,27 +227,3 @@ def _attends(query: Layout, key: Layout) -> bool:
         return lay.is_tokens(query[-2]) and lay.is_tokens(key[-2])
     held = [[side for dim in each[:-2] for side in lay.sides_of(dim)] for each in (query, key)]
     return query[-2] == key[-2] and held[0] == held[1]
-
-
-@rule(aten.conv1d.default)
-def convolution(walk: Walk, node: fx.Node) -> Layout:
-    """One token at a time if the kernel covers one; else it mixes neighbours."""
-    layout, weight = walk[node.args[0]], tensor_argument(node, 1)
-    if sizes_of(weight)[2] != 1 or sizes_of(node)[2] != lay.size(layout[2]):
-        refuse(node, "convolves over neighbouring tokens")
-    need_features(node, layout, [1], "contracts")
-    return (layout[0], lay.features(sizes_of(node)[1]), layout[2])
-
-
-@rule(aten.conv2d.default, aten.conv2d.padding)
-def convolution_2d(walk: Walk, node: fx.Node) -> Layout:
-    """A linear layer if the kernel covers one patch; else it mixes neighbours."""
-    x, weight, stride = tensor_argument(node, 0), tensor_argument(node, 1), argument(node, 3, "stride", 1)
-    if x not in walk or weight in walk:
-        refuse(node, "takes its weights from the image")
-    steps = {stride} if isinstance(stride, int) else set(stride)
-    alone = sizes_of(weight)[2:] == [1, 1] and steps == {1} and sizes_of(node)[2:] == sizes_of(x)[2:]
-    if not alone or len(walk[x]) != 4:
-        refuse(node, "convolves over neighbouring tokens")
-    need_features(node, walk[x], [1], "contracts")
-    return (walk[x][0], lay.features(sizes_of(node)[1]), *walk[x][2:])

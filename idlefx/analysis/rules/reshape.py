@@ -89,6 +89,13 @@ def transpose(walk: Walk, node: fx.Node) -> Layout:
     return tuple(layout)
 
 
+@rule(aten.mT.default)
+def matrix_transpose(walk: Walk, node: fx.Node) -> Layout:
+    """Swap the last two dimensions."""
+    *stack, rows, columns = walk[node.args[0]]
+    return (*stack, columns, rows)
+
+
 @rule(aten.t.default, aten.numpy_T.default)
 def reverse(walk: Walk, node: fx.Node) -> Layout:
     """All dimensions the other way round."""
