@@ -20,7 +20,8 @@ from idlefx.zoo.reference.groups import (
     group_in_windows,
     join,
 )
-from idlefx.zoo.reference.resting import Attention, Tokens, laid_out, tokens_first
+from idlefx.zoo.reference.looking import Tokens, laid_out, tokens_first
+from idlefx.zoo.reference.resting import Attention
 from idlefx.zoo.reference.windows import NOBODY, Slots, WindowAttention, find_slots
 
 
