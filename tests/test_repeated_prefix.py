@@ -37,6 +37,19 @@ class Tiled(Windowed):
         return self.vit.head(x[:, 0])
 
 
+class Picked(Windowed):
+    """The class token is picked, normed, and put in front of the patches again."""
+
+    place = 0
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.vit._pos_embed(self.vit.patch_embed(image))
+        x = torch.cat([self.vit.norm(x[:, self.place]).unsqueeze(1), x[:, 1:]], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 @torch.no_grad()
 def test_windows_idle_each_with_its_class_token():
     model = Windowed().eval()
@@ -52,3 +65,10 @@ def test_windows_idle_each_with_its_class_token():
 def test_tokens_repeated_along_the_sequence_bring_their_prefix_along():
     model = Tiled().eval()
     assert {block.prefix for block in idlefx.inspect(model, images(model.vit, 2))} == {(0, 37)}
+
+
+def test_a_class_token_that_was_picked_stays_one_and_a_patch_is_none():
+    model = Picked().eval()
+    assert {block.prefix for block in idlefx.inspect(model, images(model.vit, 2))} == {(0,)}
+    model.place = 1
+    assert {block.prefix for block in idlefx.inspect(model, images(model.vit, 2))} == {()}

@@ -15,7 +15,7 @@ from idlefx.analysis.rules.registry import rule_of
 from idlefx.analysis.walk import Walk
 from idlefx.errors import InputError
 from idlefx.graph.memory import Memory, written
-from idlefx.graph.queries import argument, dominator_chain, region, value
+from idlefx.graph.queries import argument, dominator_chain, region, tensor_argument, value
 from idlefx.graph.sizes import FREE_BATCH, plain_shape, shape_of
 from idlefx.options import plain_prefix
 
@@ -87,6 +87,10 @@ def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.No
     if target is aten.slice.Tensor:
         from_image, cut = _from_image(flow, args[0], dim, blocks), slice(*(argument(node, i, "") for i in (2, 3, 4)))
         return from_image[cut] if argument(node, 1, "dim", 0) % tensor.ndim == dim else from_image
+    if target is aten.select.int:
+        return _from_image(flow, args[0], dim + (args[1] % (tensor.ndim + 1) <= dim), blocks)
+    if target is aten.unsqueeze.default:
+        return _from_unsqueezed(flow, node, dim, blocks)
     if target in (aten.repeat.default, aten.expand.default):
         at = dim - tensor.ndim + len(shape_of(args[0]))
         from_image = _from_image(flow, args[0], at, blocks) if at >= 0 else [True]
@@ -98,6 +102,19 @@ def _from_image(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.No
         operands = [_operand(flow, i, tensor.ndim, dim, count, blocks) for i in node.all_input_nodes if i in flow]
         return [any(column) for column in zip(*operands, strict=True)]
     return [True] * count
+
+
+def _from_unsqueezed(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[fx.Node, fx.Node]) -> list[bool]:
+    """A dimension of size one that was inserted holds the token that was picked, if one was."""
+    operand, at = tensor_argument(node, 0), argument(node, 1) % len(shape_of(node))
+    if at != dim:
+        return _from_image(flow, operand, dim - (at < dim), blocks)
+    while operand in flow and operand.target in (*_ROWWISE, aten.slice.Tensor):
+        operand = tensor_argument(operand, 0)
+    if operand not in flow or operand.target is not aten.select.int:
+        return [operand in flow]
+    picked, axis, place = operand.args
+    return [_from_image(flow, picked, axis, blocks)[place]]
 
 
 def _is_written_from(flow: nx.DiGraph, node: fx.Node) -> bool:
