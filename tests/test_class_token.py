@@ -73,3 +73,31 @@ def test_reference_of_the_compatibility_table_knows_it_too():
     x = images(model, 3)
     paths = [f"blocks.{i}" for i in range(4)]
     assert set(zoo.look(model, paths, lambda: model(x)).values()) == {zoo.Tokens((0,), 0)}
+
+
+class Branches(nn.Module):
+    """Two blocks on patches behind their mean, which is read alone, and two on the other half of the patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = build("vit")
+
+    def forward(self, image: Tensor) -> Tensor:
+        first, second, third, fourth = self.vit.blocks
+        x = self.vit.patch_embed(image)
+        here, there = x[:, :20], x[:, 20:]
+        here = second(first(torch.cat([here.mean(1, keepdim=True), here], dim=1)))
+        return here[:, 0] + fourth(third(there)).mean(1)
+
+
+def test_class_token_in_doubt_is_refused_in_every_branch():
+    model = Branches().eval()
+    x = images(model.vit, 2)
+    table = idlefx.inspect(model, x)
+    assert sorted((b.tokens, b.can_idle, "may be no prefix token" in b.refusal) for b in table) == [
+        (16, True, False),
+        (16, True, False),
+        (21, False, True),
+        (21, False, True),
+    ]
+    assert all(block.can_idle for block in idlefx.inspect(model, x, prefix=0))

@@ -212,21 +212,31 @@ def _cannot_be_cut(walk: Walk, block: Block, unit: str = "windows") -> str:
 
 
 def _with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) -> Iterable[Block]:
-    """Add which prefix token is the class token; of several in a block the one that the head reads."""
-    last = next((b for b in reversed(blocks) if b.tokens), None)
-    if last is None:
+    """Add which prefix token is the class token; of several in a block the one that the head reads.
+
+    Of blocks with as many tokens, such as those of a stage or of one of two branches, the last is followed.
+    """
+    last = {block.tokens: block for block in blocks if block.tokens}
+    reads = {tokens: _read_behind(graph, block) for tokens, block in last.items()}
+    final = next((b for b in reversed(blocks) if b.tokens), None)
+    for tokens, block in last.items():
+        strange = [min(one) for one in reads[tokens] if len(one) == 1 and not one <= set(block.prefix)]
+        if strange and not prefix_given:
+            reason = (
+                f"the head reads token {strange[0]} alone, but images flow into it before the first block, so it may "
+                "be no prefix token; say which tokens are, with prefix="
+            )
+            doubtful = [b.tokens == tokens and not b.refusal and strange[0] not in b.prefix for b in blocks]
+            blocks = [replace(b, refusal=reason) if d else b for b, d in zip(blocks, doubtful, strict=True)]
+    if final is None:
         return blocks
-    leave = by_name(graph)[last.exit]
-    nodes = list(graph.nodes)
+    token = class_token(final.prefix, reads[final.tokens])
+    chosen = [class_token(b.prefix, []) if len(b.prefix) == 1 else token for b in blocks]
+    return [replace(b, class_token=t if t in b.prefix else None) for b, t in zip(blocks, chosen, strict=True)]
+
+
+def _read_behind(graph: fx.Graph, block: Block) -> list[set[int]]:
+    """Sets of positions that what follows a block reads together."""
+    leave, nodes = by_name(graph)[block.exit], list(graph.nodes)
     after = nodes[nodes.index(leave) + 1 :]
-    reads = read_by_head(after, leave, lay.stream(shape_of(leave), last.token_dims, last.batch_dim))
-    strange = [min(one) for one in reads if len(one) == 1 and not one <= set(last.prefix)]
-    if strange and not prefix_given:
-        reason = (
-            f"the head reads token {strange[0]} alone, but images flow into it before the first block, so it may be "
-            "no prefix token; say which tokens are, with prefix="
-        )
-        return [b if b.refusal or b.tokens != last.tokens else replace(b, refusal=reason) for b in blocks]
-    token = class_token(last.prefix, reads)
-    tokens = [class_token(b.prefix, []) if len(b.prefix) == 1 else token for b in blocks]
-    return [replace(b, class_token=t if t in b.prefix else None) for b, t in zip(blocks, tokens, strict=True)]
+    return read_by_head(after, leave, lay.stream(shape_of(leave), block.token_dims, block.batch_dim))
