@@ -34,7 +34,18 @@ def _sounds(batch: int) -> Inputs:
     return {"input_features": torch.randn(batch, 1, 1, 1) + torch.randn(batch, 1, 64, 64)}
 
 
+def _prompts(batch: int) -> Inputs:
+    names = ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    return {name: images(batch, side=32) for name in names}
+
+
 _of_64_pixels = partial(images, side=64)
+POOLED = {
+    "refused": "(convolves over|pools) neighbouring tokens|does not attend over the token axis|breaks up",
+    "inputs": _of_64_pixels,
+}
+TIMES = {"attention": "eager", "inputs": partial(_film, frames=2)}
+FOCAL = {"image_size": 32, "embed_dim": 16, "depths": [1, 1]}
 FACE = {
     "hidden_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 96,
     "image_size": 40, "patch_size": 8,
@@ -71,6 +82,22 @@ FACE_HIERA = {
 CLAP = {
     "patch_size": 4, "patch_stride": [4, 4], "spec_size": 64, "num_mel_bins": 64, "window_size": 4, "hidden_size": 48,
     "patch_embeds_hidden_size": 24, "depths": [2, 1], "num_attention_heads": [2, 2], "num_hidden_layers": 2,
+}  # fmt: skip
+PYRAMID = {
+    "image_size": 64, "depths": [1, 1, 1, 2], "hidden_sizes": [16, 32, 32, 64], "num_attention_heads": [1, 2, 2, 2],
+}  # fmt: skip
+MOBILE = {
+    "image_size": 128, "hidden_sizes": [24, 32, 48], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 64],
+    "num_attention_heads": 2,
+}  # fmt: skip
+CVT = {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 2], "depth": [1, 2, 3], "mlp_ratio": [2.0, 2.0, 2.0]}
+FLORENCE = {
+    "embed_dim": [16, 32, 32, 32], "num_heads": [2, 2, 2, 2], "num_groups": [2, 2, 2, 2], "depths": [1, 1, 1, 1],
+    "window_size": 4,
+}  # fmt: skip
+SEG_GPT = {
+    "image_size": [64, 32], "intermediate_hidden_state_indices": [1, 2], "merge_index": 0, "mlp_dim": 96,
+    "pretrain_image_size": 32, "decoder_hidden_size": 16,
 }  # fmt: skip
 HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label, class, options, how the entry differs
     ("ViT", "ViTModel", {}, {}),
@@ -130,6 +157,17 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("MaskFormer Swin", "MaskFormerSwinBackbone", STAGES, {"attention": "eager"}),
     ("Swin2SR", "Swin2SRForImageSuperResolution", SUPER, {"attention": "eager"}),
     ("CLAP audio", "ClapAudioModel", CLAP, {"attention": "eager", "inputs": _sounds}),
+    ("SegGPT", "SegGptModel", SEG_GPT, {"attention": "eager", "inputs": _prompts}),
+    ("RF-DETR ViT", "RfDetrDinov2Backbone", {"image_size": 64, "num_windows": 2}, {"inputs": _of_64_pixels}),
+    ("TimeSformer, joint", "TimesformerModel", {"num_frames": 2, "attention_type": "joint_space_time"}, TIMES),
+    ("TimeSformer", "TimesformerModel", {"num_frames": 2}, {**TIMES, "refused": "breaks up the token axis"}),
+    ("MobileViT", "MobileViTModel", MOBILE, {"attention": "eager", "blocks": 9, "inputs": partial(images, side=128)}),
+    ("PVT", "PvtModel", PYRAMID, {"attention": "eager", **POOLED, "blocks": 5}),
+    ("PVT v2", "PvtV2Model", PYRAMID, {"attention": "eager", **POOLED, "blocks": 5}),
+    ("SegFormer", "SegformerModel", PYRAMID, {"attention": "eager", **POOLED, "blocks": 5}),
+    ("CvT", "CvtModel", CVT, {"attention": "eager", **POOLED, "blocks": 6}),
+    ("Florence-2 vision", "Florence2VisionBackbone", FLORENCE, {"attention": "sdpa", **POOLED, "blocks": 8}),
+    ("FocalNet", "FocalNetModel", FOCAL, {"attention": "eager", "refused": "no attention", "blocks": 0}),
 )
 
 
