@@ -113,7 +113,7 @@ def _from_unsqueezed(flow: nx.DiGraph, node: fx.Node, dim: int, blocks: Mapping[
         operand = tensor_argument(operand, 0)
     if operand not in flow or operand.target is not aten.select.int:
         return [operand in flow]
-    picked, axis, place = operand.args
+    picked, axis, place = list[Any](operand.args)
     return [_from_image(flow, picked, axis, blocks)[place]]
 
 
