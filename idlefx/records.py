@@ -45,7 +45,8 @@ class Block:
         parameters: Parameters that the block reads.
         tokens: N, tokens in the sequence; 0 where the token axis could not be followed.
         token_dim: Which dimension of the stream the tokens stand in; the first of them where they stand on a grid.
-        batch_dim: Which dimension of the stream the batch stands in.
+        batch_dim: Which dimension of the stream the batch stands in; tokens may stand there too, where an image has
+            windows that are stacked in the batch and the attention is over all of them.
         grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
         over_image: Whether the sides of the grid are those of the image; False where the stream stands in windows.
         windows: How many windows the attention is over, and how many slots each has; empty where it is over all tokens.
@@ -94,8 +95,15 @@ class Block:
         return tuple(range(self.token_dim, self.token_dim + max(1, len(self.grid))))
 
     @property
+    def shares_batch(self) -> bool:
+        """Whether the first side of the grid, windows of an image, stands in the dimension of the batch."""
+        return self.batch_dim in self.token_dims
+
+    @property
     def flat_dims(self) -> tuple[int, int]:
         """Token and batch dimension of the stream once the sides of a grid are flattened into one dimension."""
+        if self.shares_batch:
+            return self.token_dims[-1], self.batch_dim
         merged = len(self.token_dims) - 1
         return self.token_dim, self.batch_dim - (merged if self.batch_dim > self.token_dim else 0)
 

@@ -24,6 +24,7 @@ from idlefx.graph.queries import remove_dead
 from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.rebuilder import Rebuilder
+from idlefx.rewriting.standard_order import in_one_dimension, in_row, on_grid, out_of_row
 from idlefx.rewriting.told_layouts import rearranging
 from idlefx.runtime import gather_scatter, windows
 
@@ -45,33 +46,29 @@ def idle_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
 
 
 def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
-    name, entry, like = f"idle_{block.index}_", opened.entry, opened.exit
+    begins, entry, like = f"idle_{block.index}_", opened.entry, opened.exit
     index, place = only_made_for(graph, block.index, "index"), only_made_for(graph, block.index, "place")
-    dims, flat = block.flat_dims, (block.token_dims[0], block.token_dims[-1])
+    dims = block.flat_dims
 
-    def add(target: Any, *args: Any, role: Role) -> fx.Node:
-        return add_call(graph, target, *args, name=name + role, like=like, note=Made(block.index, role))
+    def add(target: Any, *args: Any, role: Role, name: str = "") -> fx.Node:
+        told = Made(block.index, role)
+        return add_call(graph, target, *args, name=begins + (name or role), like=like, note=told)
 
-    tokens = add(aten.flatten.using_ints, entry, *flat, role="gather") if block.grid else entry
+    tokens = in_one_dimension(add, entry, block, role="gather")
     over = opened.walk.windows
     padded = over is not None and over.partition.is_padded
     take: Any = windows.take_padded if padded else gather_scatter.take_tokens
     put: Any = windows.put_padded if padded else gather_scatter.put_tokens
-    gathered = add(take, tokens, index, *dims, role="gather")
-    for _ in block.grid[1:]:  # few tokens of a grid stand in one row
-        gathered = add(aten.unsqueeze.default, gathered, block.token_dim, role="gather")
+    gathered = in_row(add, add(take, tokens, index, *dims, role="gather"), block, role="gather")
     chosen = only_made_for(graph, block.index, "chosen") if step.unit else None
     working = Subset(index, block.prefix, block.image_positions, step.kept, over, step.unit, chosen)
-    before, walk = lay.stream(shape_of(entry), block.token_dims, block.batch_dim), opened.walk
+    before, walk = lay.stream(shape_of(entry), block.token_dims, block.batch_dim, block.grid), opened.walk
     if walk.apart:
         told = rearranging(working, Rearrange(entry, before, walk[entry]), gathered)
         gathered = add(windows.rearrange, *told, role="work")
-    worked = Rebuilder(graph, walk, working, {entry: gathered}, name, Made(block.index, "work"))(opened.exit)
+    worked = Rebuilder(graph, walk, working, {entry: gathered}, begins, Made(block.index, "work"))(opened.exit)
     if walk.apart:
         told = rearranging(working, Rearrange(opened.exit, walk[opened.exit], before), worked)
         worked = add(windows.rearrange, *told, role="work")
-    if not block.grid:
-        return add(put, tokens, index, worked, *dims, place, role="scatter")
-    worked = add(aten.flatten.using_ints, worked, *flat, role="work")
-    scattered = add(put, tokens, index, worked, *dims, place, role="scatter")
-    return add(aten.unflatten.int, scattered, block.token_dim, list(block.grid), role="work")
+    worked = out_of_row(add, worked, block, role="work")
+    return on_grid(add, add(put, tokens, index, worked, *dims, place, role="scatter"), block, role="work")

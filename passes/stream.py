@@ -1,6 +1,7 @@
 """Give the model a second output: the residual stream after its last block.
 
-1. The output becomes `(output, stream)`, where the stream is (B, N, C), or (B, H, W, C) on a grid.
+1. The output becomes `(output, stream)`, where the stream is (B, N, C), or (B, H, W, C) on a grid; where attention
+   joins windows that are stacked in the batch, these are its rows.
 2. Later passes put all tokens back where the stream is read, so none of them need know of it.
 3. Without blocks nothing changes.
 """
@@ -22,10 +23,13 @@ def return_stream(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         return module
     last = plan.blocks[-1]
     stream = by_name(graph)[last.exit]
-    leading = (last.batch_dim, *last.token_dims)
+    leading = dict.fromkeys((last.batch_dim, *last.token_dims))
     order = [*leading, *(dim for dim in range(stream.meta["val"].ndim) if dim not in leading)]
-    if order != sorted(order):
-        with graph.inserting_before(output_of(graph)):
+    with graph.inserting_before(output_of(graph)):
+        if order != sorted(order):
             stream = add_call(graph, aten.permute.default, stream, order, name="stream", like=stream)
+        if last.shares_batch:
+            sides = (last.batch_dim, [-1, last.grid[0]])
+            stream = add_call(graph, aten.unflatten.int, stream, *sides, name="stream", like=stream)
     return_too(graph, stream)
     return module

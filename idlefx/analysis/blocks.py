@@ -14,14 +14,15 @@ from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core, find_cores
+from idlefx.analysis.class_token import with_class_token
 from idlefx.analysis.image_input import image_input
 from idlefx.analysis.key_axis import key_axis
 from idlefx.analysis.macs import count_macs
-from idlefx.analysis.prefix_tokens import class_token, named_positions, prefix_positions, read_by_head
+from idlefx.analysis.prefix_tokens import named_positions, prefix_positions
 from idlefx.analysis.projections import projection
 from idlefx.analysis.refusal import RefusedOperation
 from idlefx.analysis.subset import Subset
-from idlefx.analysis.token_axis import attends_over_batch, find_axes, follow_block
+from idlefx.analysis.token_axis import Axes, attends_over_batch, find_axes, follow_block
 from idlefx.analysis.trunks import Trunk, find_trunks
 from idlefx.analysis.walk import Walk
 from idlefx.errors import BlockError
@@ -70,7 +71,7 @@ def find_blocks(module: fx.GraphModule, prefix: int | Sequence[int] | None = Non
     for trunk in trunks:
         blocks.append(_block_of(flow, trunk, len(blocks), known, prefix))
         known[trunk.exit] = trunk.entry
-    return BlockTable(tuple(_with_class_token(graph, blocks, prefix is not None)), count_macs(graph.nodes))
+    return BlockTable(tuple(with_class_token(graph, blocks, prefix is not None)), count_macs(graph.nodes))
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def open_blocks(graph: fx.Graph, blocks: Iterable[Block]) -> list[Opened]:
         nodes = region(flow, entry, leave)
         own = tuple(core for core in cores if core.out.name in block.cores)
         try:
-            layout = lay.stream(shape_of(entry), block.token_dims, block.batch_dim)
+            layout = lay.stream(shape_of(entry), block.token_dims, block.batch_dim, block.grid)
             walk = follow_block(nodes, entry, layout, own)
         except RefusedOperation as refusal:
             raise BlockError(f"blocks: block {block.index} ({block.path}) cannot be opened: {refusal}") from refusal
@@ -131,24 +132,19 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         axes, walk = find_axes(trunk, nodes)
     except RefusedOperation as refusal:
         return replace(block, refusal=str(refusal))
-    grid = tuple(stream[d] for d in axes.tokens) if len(axes.tokens) > 1 else ()
-    tokens = math.prod(stream[d] for d in axes.tokens)
+    tokens = math.prod(axes.grid or (stream[axes.tokens[0]],))
     windows = walk.windows
-    if prefix is not None:
-        positions = named_positions(prefix, tokens, grid)
-    else:
-        positions = () if grid or windows else prefix_positions(flow, trunk.entry, axes.tokens[0], known)
     layout = walk[trunk.cores[0].query]
     block = replace(
         block,
         tokens=tokens,
         token_dim=axes.tokens[0],
         batch_dim=axes.batch,
-        grid=grid,
-        over_image=not walk.apart,
+        grid=axes.grid,
+        over_image=not (walk.apart or walk.shares_batch),
         windows=(windows.count, windows.size) if windows else (),
         partition=windows.digest if windows else "",
-        prefix=positions,
+        prefix=_prefix(flow, trunk, axes, walk, known, prefix),
         width=next(size for d, size in enumerate(stream) if d not in (*axes.tokens, axes.batch)),
         heads=lay.heads(layout),
         affine=all(_is_affine(walk, core) for core in trunk.cores),
@@ -160,6 +156,20 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         rest_only=_cannot_follow(walk, trunk.cores, whole_only),
         whole_only=whole_only,
     )
+
+
+def _prefix(
+    flow: nx.DiGraph, trunk: Trunk, axes: Axes, walk: Walk, known: dict[fx.Node, fx.Node], prefix: Any
+) -> tuple[int, ...]:
+    """The positions of the prefix tokens, found or named; of windows that are stacked in the batch, those of each."""
+    innermost = axes.tokens[-1]
+    windows, size = axes.grid if walk.shares_batch else (1, shape_of(trunk.entry)[innermost])
+    grid = () if walk.shares_batch else axes.grid
+    if prefix is not None:
+        positions = named_positions(prefix, math.prod(grid) or size, grid)
+    else:
+        positions = () if grid or walk.windows else prefix_positions(flow, trunk.entry, innermost, known)
+    return tuple(window * size + position for window in range(windows) for position in positions)
 
 
 def _cannot_follow(walk: Walk, cores: Iterable[Core], whole_only: str) -> str:
@@ -209,34 +219,3 @@ def _cannot_be_cut(walk: Walk, block: Block, unit: str = "windows") -> str:
     except RefusedOperation as refusal:
         return str(refusal)
     return ""
-
-
-def _with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) -> Iterable[Block]:
-    """Add which prefix token is the class token; of several in a block the one that the head reads.
-
-    Of blocks with as many tokens, such as those of a stage or of one of two branches, the last is followed.
-    """
-    last = {block.tokens: block for block in blocks if block.tokens}
-    reads = {tokens: _read_behind(graph, block) for tokens, block in last.items()}
-    final = next((b for b in reversed(blocks) if b.tokens), None)
-    for tokens, block in last.items():
-        strange = [min(one) for one in reads[tokens] if len(one) == 1 and not one <= set(block.prefix)]
-        if strange and not prefix_given:
-            reason = (
-                f"the head reads token {strange[0]} alone, but images flow into it before the first block, so it may "
-                "be no prefix token; say which tokens are, with prefix="
-            )
-            doubtful = [b.tokens == tokens and not b.refusal and strange[0] not in b.prefix for b in blocks]
-            blocks = [replace(b, refusal=reason) if d else b for b, d in zip(blocks, doubtful, strict=True)]
-    if final is None:
-        return blocks
-    token = class_token(final.prefix, reads[final.tokens])
-    chosen = [class_token(b.prefix, []) if len(b.prefix) == 1 else token for b in blocks]
-    return [replace(b, class_token=t if t in b.prefix else None) for b, t in zip(blocks, chosen, strict=True)]
-
-
-def _read_behind(graph: fx.Graph, block: Block) -> list[set[int]]:
-    """Sets of positions that what follows a block reads together."""
-    leave, nodes = by_name(graph)[block.exit], list(graph.nodes)
-    after = nodes[nodes.index(leave) + 1 :]
-    return read_by_head(after, leave, lay.stream(shape_of(leave), block.token_dims, block.batch_dim))

@@ -64,14 +64,28 @@ def sides(grid: Sequence[int]) -> tuple[Dim, ...]:
     return tuple((Factor(size, "tokens", runs, sizes, side),) for side, size in enumerate(sizes))
 
 
-def stream(shape: list[int], token_dims: Sequence[int], batch_dim: int) -> Layout:
-    """The layout of a residual stream: batch, features, and tokens in one dimension or, on a grid, in several."""
-    sizes = [shape[d] for d in token_dims]
+def stream(shape: list[int], token_dims: Sequence[int], batch_dim: int, grid: Sequence[int] = ()) -> Layout:
+    """The layout of a residual stream: batch, features, and tokens in one dimension or, on a grid, in several.
+
+    Args:
+        shape: Its sizes.
+        token_dims: Where the tokens stand, from the outermost side of a grid on.
+        batch_dim: Where the batch stands; a side of the grid may stand in that dimension too, inside the batch.
+        grid: Sizes of the sides; those of their dimensions if not told.
+    """
+    sizes = grid or [shape[d] for d in token_dims]
     axes = dict(zip(token_dims, sides(sizes) if len(sizes) > 1 else (tokens(sizes[0]),), strict=True))
+    if batch_dim in axes:
+        axes[batch_dim] = (Factor(shape[batch_dim] // size(axes[batch_dim]), "batch"), *axes[batch_dim])
     return tuple(
-        axes[d] if d in axes else (Factor(size, "batch"),) if d == batch_dim else features(size)
-        for d, size in enumerate(shape)
+        axes[d] if d in axes else (Factor(count, "batch"),) if d == batch_dim else features(count)
+        for d, count in enumerate(shape)
     )
+
+
+def shares_batch(layout: Layout) -> bool:
+    """Whether tokens of one image stand in several entries of the batch, as windows do that are stacked there."""
+    return any(has(dim, "batch") and has(dim, "tokens") for dim in layout)
 
 
 def apart(layout: Layout) -> Layout:

@@ -1,6 +1,6 @@
-"""Which tokens are prefix tokens, and which of them is the class token."""
+"""Which tokens are prefix tokens."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -8,11 +8,8 @@ import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
-from idlefx.analysis.layouts import Layout
 from idlefx.analysis.propagation import follow
 from idlefx.analysis.refusal import RefusedOperation
-from idlefx.analysis.rules.registry import rule_of
-from idlefx.analysis.walk import Walk
 from idlefx.errors import InputError
 from idlefx.graph.memory import Memory, written
 from idlefx.graph.queries import argument, dominator_chain, region, tensor_argument, value
@@ -163,48 +160,3 @@ def _operand(
     if at < 0 or plain_shape(tensor)[at] != count:
         return [True] * count
     return _from_image(flow, node, at, blocks)
-
-
-def read_by_head(after: Iterable[fx.Node], stream: fx.Node, layout: Layout) -> list[set[int]]:
-    """Sets of token positions that what follows the last block reads together.
-
-    Args:
-        after: The nodes after the last block, in graph order.
-        stream: The exit of the last block.
-        layout: Its layout.
-    """
-    walk = Walk({stream: layout})
-    reads: list[set[int]] = []
-    for node in after:
-        own = [i for i in node.all_input_nodes if i in walk]
-        if not own:
-            continue
-        try:
-            walk.layouts[node] = rule_of(node)(walk, node)
-            if node.target is aten.select.int and node in walk.edits:
-                axis = walk[own[0]][argument(node, 1)][0]
-                place = argument(node, 2) % axis.size
-                reads.append(_positions(lay.cut(axis.runs, place, place + 1)))
-        except RefusedOperation:
-            layouts = [walk[i] for i in own if not isinstance(i.meta["val"], (list, tuple))]
-            reads += [_positions(f.runs) for one in layouts for dim in one for f in dim if f.role == "tokens"]
-    return reads
-
-
-def _positions(runs: lay.Runs) -> set[int]:
-    return {p for start, stop in runs for p in range(start, stop)}
-
-
-def class_token(prefix: tuple[int, ...], reads: list[set[int]]) -> int | None:
-    """The first prefix token that the head reads on its own; none of several where it reads image tokens only.
-
-    Where the head reads the whole sequence, nothing tells the prefix tokens apart: the first one it is. A single prefix
-    token it is even unread: models for dense tasks keep the class token that they were trained with.
-    """
-    if len(prefix) == 1:
-        return prefix[0]
-    alone = [positions for positions in reads if positions and positions <= set(prefix)]
-    if alone:
-        return min(min(positions) for positions in alone)
-    whole = any(set(prefix) & positions for positions in reads)
-    return prefix[0] if prefix and (whole or not reads) else None

@@ -8,6 +8,7 @@ from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.attention import Core
+from idlefx.analysis.image_input import image_input
 from idlefx.analysis.movement import MOVES
 from idlefx.analysis.propagation import follow, follow_windows
 from idlefx.analysis.refusal import RefusedMovement, RefusedOperation, refuse
@@ -23,10 +24,12 @@ class Axes(NamedTuple):
     Attributes:
         tokens: Those of the tokens, from the outermost side of a grid, such as its rows, to the innermost.
         batch: That of the batch.
+        grid: Sizes of the sides of the grid; empty where the tokens stand in one dimension.
     """
 
     tokens: tuple[int, ...]
     batch: int
+    grid: tuple[int, ...] = ()
 
 
 def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
@@ -47,7 +50,7 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
     _check_closed(trunk, nodes)
     refusals: list[tuple[Axes, RefusedOperation]] = []
     for axes in _possible(trunk.entry):
-        layout = lay.stream(shape_of(trunk.entry), axes.tokens, axes.batch)
+        layout = lay.stream(shape_of(trunk.entry), axes.tokens, axes.batch, axes.grid)
         try:
             walk = follow_block(nodes, trunk.entry, layout, trunk.cores)
         except RefusedOperation as refusal:
@@ -80,6 +83,8 @@ def follow_block(nodes: list[fx.Node], entry: fx.Node, layout: lay.Layout, cores
         return follow(nodes, {entry: layout})
     except RefusedOperation as refusal:
         first = refusal
+    if lay.shares_batch(layout):  # windows there are images of their own, which another layout of the stream says
+        raise first
     if first.node is not None and first.node.target in MOVES:
         try:
             return follow_windows(nodes, {entry: layout}, cores)
@@ -111,13 +116,21 @@ def _check_closed(trunk: Trunk, nodes: Sequence[fx.Node]) -> None:
 
 
 def _possible(stream: fx.Node) -> Iterator[Axes]:
-    """Where batch and tokens may stand, the usual order first."""
-    shape = stream.meta["val"].shape
+    """Where batch and tokens may stand, the usual order first.
+
+    Where the first dimension of (k * B, n, C) is a multiple of the batch, each image may have k windows there, of which
+    every one is an image of its own for attention over windows, and part of one sequence for attention over all.
+    """
+    shape, sizes = stream.meta["val"].shape, shape_of(stream)
     symbolic = [d for d, size in enumerate(shape) if follows_batch(size)]
     if len(shape) == 3:
         for batch in symbolic or [0, 1]:
             yield from (Axes((d,), batch) for d in [d for d in range(2) if d != batch] + [2])
+        windows, rest = divmod(sizes[0], shape_of(image_input(stream.graph))[0])
+        if rest == 0 and windows > 1 and symbolic in ([], [0]):
+            yield Axes((0, 1), 0, (windows, sizes[1]))
     else:
         sides = len(shape) - 2
         for batch in symbolic or [0]:
-            yield from (Axes(tuple(range(d, d + sides)), batch) for d in range(3) if not d <= batch < d + sides)
+            dims = (tuple(range(d, d + sides)) for d in range(3) if not d <= batch < d + sides)
+            yield from (Axes(each, batch, tuple(sizes[d] for d in each)) for each in dims)

@@ -24,6 +24,7 @@ class Walk:
         edits: What must change for fewer tokens, by node.
         grid: Sizes of the grid that the tokens of the stream stand on, if they do.
         apart: Whether the sides of that grid are windows and their slots, and so stand apart in all that is found.
+        shares_batch: Whether the first side of that grid stands in the dimension of the batch.
         windows: What the attention is over, where it is over windows.
     """
 
@@ -31,6 +32,7 @@ class Walk:
     edits: dict[fx.Node, list[Edit]] = field(default_factory=dict)
     grid: tuple[int, ...] = ()
     apart: bool = False
+    shares_batch: bool = False
     windows: Windows | None = None
 
     def __getitem__(self, node: Any) -> Layout:

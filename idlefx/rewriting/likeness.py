@@ -14,6 +14,7 @@ from idlefx.runtime import following, nearest, ops
 
 aten = torch.ops.aten
 
+_ROLES = ("batch", "tokens", "")
 _STATISTICS = {
     aten.layer_norm.default, aten.rms_norm.default, aten.mean.dim, aten.var.correction, aten.var.dim,
     aten.std.correction, aten.std.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim,
@@ -77,20 +78,22 @@ def _tokens_first(head: Head, stream: fx.Node, layout: Layout) -> fx.Node:
     order = _order(layout)
     if order != list(range(len(order))):
         stream = head.add(aten.permute.default, stream, order, name="x")
+    if lay.shares_batch(layout):
+        return head.add(aten.reshape.default, stream, [-1, head.block.tokens, head.block.width], name="joined")
     return stream if len(order) == 3 else head.add(aten.flatten.using_ints, stream, 1, -2, name="flat")
 
 
 def _order(layout: Layout) -> list[int]:
     """The dimensions of the batch, of the tokens and of features; one of size one may be a row of tokens."""
-    roles = ("batch", "tokens", "")
-    return sorted(range(len(layout)), key=lambda d: roles.index(layout[d][0].role if layout[d] else "tokens"))
+    return sorted(range(len(layout)), key=lambda d: _ROLES.index(layout[d][0].role if layout[d] else "tokens"))
 
 
 def _ordered(layout: Layout) -> Dim | None:
     """What the dimensions hold, batch, tokens and features; None unless all tokens stand in the order of the stream."""
-    if any(len({factor.role for factor in dim}) > 1 for dim in layout):
-        return None
     factors = tuple(factor for d in _order(layout) for factor in layout[d])
+    roles = [_ROLES.index(factor.role) for factor in factors]
+    if roles != sorted(roles):
+        return None
     sides = token_sides((factors,))
     if sides is None or not torch.equal(places(sides).flatten(), torch.arange(token_count(sides))):
         return None

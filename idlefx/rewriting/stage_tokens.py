@@ -11,6 +11,7 @@ from idlefx.analysis.subset import Subset
 from idlefx.analysis.walk import Walk
 from idlefx.graph.notes import Role, only_made_for
 from idlefx.records import Block, Step
+from idlefx.rewriting.standard_order import in_one_dimension, in_row, on_grid, out_of_row
 from idlefx.rewriting.told_layouts import products
 from idlefx.runtime import following, windows
 
@@ -44,24 +45,19 @@ class StageTokens:
 
     def apart(self, stream: fx.Node) -> fx.Node:
         """All tokens, as groups are made of them."""
-        return self._flat(stream, "gather")
+        return in_one_dimension(self.add, stream, self.block, role="gather")
 
     def from_row(self, stream: fx.Node) -> fx.Node:
         """A stream of those that work, as the means of groups."""
-        return self._flat(stream, "work")
+        return out_of_row(self.add, stream, self.block, role="work")
 
     def in_row(self, means: fx.Node) -> fx.Node:
         """The means of groups, as a stream of those that work."""
-        for _ in self.block.grid[1:]:
-            means = self.add(aten.unsqueeze.default, means, self.block.token_dim, name="row", role="gather")
-        return means
+        return in_row(self.add, means, self.block, role="gather")
 
     def whole(self, tokens: fx.Node) -> fx.Node:
         """All tokens, as their stream."""
-        if not self.block.grid:
-            return tokens
-        sides = (self.block.token_dim, list(self.block.grid))
-        return self.add(aten.unflatten.int, tokens, *sides, name="on_grid", role="work")
+        return on_grid(self.add, tokens, self.block, role="work")
 
     def subset(self, positions: fx.Node, walk: Walk) -> Subset:
         """Those that work, at these positions, for one block of the stage."""
@@ -72,12 +68,6 @@ class StageTokens:
         """What makes the term that is added to the logits of a key, and what that is told besides sizes and queries."""
         del walk
         return following.size_term, axis.rank, axis.dim, axis.batch_dim, axis.copies
-
-    def _flat(self, stream: fx.Node, role: Role) -> fx.Node:
-        if not self.block.grid:
-            return stream
-        sides = (self.block.token_dims[0], self.block.token_dims[-1])
-        return self.add(aten.flatten.using_ints, stream, *sides, name="flat", role=role)
 
 
 class WindowTokens(StageTokens):

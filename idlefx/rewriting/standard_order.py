@@ -1,6 +1,12 @@
-"""Bring what a block computes into the order of dimensions that scores are defined in, as graph nodes."""
+"""Bring what a block computes into the order of dimensions that scores are defined in, as graph nodes.
+
+A stream of tokens on a grid has these in one dimension before some of them are taken, and after they are put back. Few
+tokens of a grid stand in one row of it. Where windows of an image are stacked in the batch, (k * B, n, C), all of its
+tokens are (B, k * n, C), and few of them (B, n, C).
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,13 +17,43 @@ from idlefx.graph.sizes import number
 from idlefx.records import Block
 
 aten = torch.ops.aten
-Add = Callable[..., fx.Node]  # inserts a call, with `name=`
+Add = Callable[..., fx.Node]  # inserts a call, with `name=`, and with `role=` where that is told
+
+
+def in_one_dimension(add: Add, stream: fx.Node, block: Block, **told: Any) -> fx.Node:
+    """A stream with all tokens of a block in one dimension."""
+    if block.shares_batch:
+        return add(aten.reshape.default, stream, [-1, block.tokens, block.width], name="joined", **told)
+    return out_of_row(add, stream, block, **told)
+
+
+def on_grid(add: Add, tokens: fx.Node, block: Block, **told: Any) -> fx.Node:
+    """Undo `in_one_dimension`."""
+    if block.shares_batch:
+        return add(aten.reshape.default, tokens, [-1, block.grid[-1], block.width], name="stacked", **told)
+    if not block.grid:
+        return tokens
+    return add(aten.unflatten.int, tokens, block.token_dim, list(block.grid), name="on_grid", **told)
+
+
+def in_row(add: Add, tokens: fx.Node, block: Block, **told: Any) -> fx.Node:
+    """Few tokens in one dimension, as a stream of the block."""
+    for _ in () if block.shares_batch else block.grid[1:]:
+        tokens = add(aten.unsqueeze.default, tokens, block.token_dim, name="row", **told)
+    return tokens
+
+
+def out_of_row(add: Add, stream: fx.Node, block: Block, **told: Any) -> fx.Node:
+    """Undo `in_row`."""
+    if block.shares_batch or not block.grid:
+        return stream
+    sides = (block.token_dims[0], block.token_dims[-1])
+    return add(aten.flatten.using_ints, stream, *sides, name="flat", **told)
 
 
 def tokens_first(add: Add, stream: fx.Node, block: Block) -> fx.Node:
     """Something laid out as the stream of a block, as (B, N, C)."""
-    if block.grid:
-        stream = add(aten.flatten.using_ints, stream, block.token_dims[0], block.token_dims[-1], name="flat")
+    stream = in_one_dimension(add, stream, block)
     token_dim, batch_dim = block.flat_dims
     order = [batch_dim, token_dim, 3 - batch_dim - token_dim]
     return stream if order == [0, 1, 2] else add(aten.permute.default, stream, order, name="x")

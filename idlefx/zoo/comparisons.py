@@ -101,8 +101,9 @@ def _arguments(batch: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
 
 
 def _tokens(model: nn.Module, table: BlockTable, batch: Inputs) -> dict[str, reference.Tokens]:
-    grids = {block.path: block.grid for block in table if block.grid}
-    return reference.look(model, [block.path for block in table], lambda: _call(model, batch), grids)
+    grids = {block.path: block.grid for block in table if block.grid and not block.shares_batch}
+    joins = {block.path: block.grid[0] for block in table if block.shares_batch}
+    return reference.look(model, [block.path for block in table], lambda: _call(model, batch), grids, joins)
 
 
 def _call(model: nn.Module, batch: Inputs) -> Any:

@@ -30,8 +30,9 @@ def _regrouped(walk: Walk, node: fx.Node, arg: int, first: int) -> Layout:
     layout = lay.regroup(walk[node.args[0]], sizes_of(node))
     if layout is None:
         refuse(node, "breaks up the token axis (windows or a grid of patches)")
+    counts = ("tokens", "batch") if walk.shares_batch else ("tokens",)  # there fewer tokens are fewer entries of both
     for entry, size in enumerate(argument(node, arg)):
-        if lay.has(layout[first + entry], "tokens") and size != -1:
+        if lay.has(layout[first + entry], *counts) and size != -1:
             walk.edit(node, Resize(arg, entry, layout[first + entry]))
     return layout
 

@@ -1,6 +1,7 @@
 """The norm that a block begins with, found by running it: the first map of the stream that forgets its length.
 
-The norm may see the dimensions of the stream in another order, or the rows and columns of a grid in one dimension.
+The norm may see the dimensions of the stream in another order, the rows and columns of a grid in one dimension, or
+windows of an image in as many entries of the batch.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in NORMS and (order := self._order(args[0])):
-            raise _Found(_in_order(result, order))
+            raise _Found(self._in_order(result, order))
         return result
 
     def watch(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
@@ -45,19 +46,18 @@ class _Calls(TorchFunctionMode):
             doubled = module(2 * args[0])
             self._tries = False
             if (doubled - result).norm() < FORGETS * result.norm():
-                raise _Found(_in_order(result, order))
+                raise _Found(self._in_order(result, order))
 
     def _order(self, x: Any) -> tuple[int, ...] | None:
         """In which order the dimensions of a tensor are those of the stream; None if it is not the stream."""
         if self._tries or not isinstance(x, Tensor) or x.numel() != self.stream.numel() or x.ndim not in (3, 4, 5):
             return None
         orders = ((0, *rest) for rest in permutations(range(1, x.ndim)))
-        return next((order for order in orders if torch.equal(_in_order(x, order), self.stream)), None)
+        return next((order for order in orders if torch.equal(self._in_order(x, order), self.stream)), None)
 
-
-def _in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Dimensions in another order, the first of them and the last as they are, and those between as one."""
-    return x.permute(order).flatten(1, -2)
+    def _in_order(self, x: Tensor, order: tuple[int, ...]) -> Tensor:
+        """Dimensions in another order, with the sizes of the stream."""
+        return x.permute(order).reshape(self.stream.shape)
 
 
 def first_norm(stream: Tensor, run: Callable[[], Any]) -> Tensor | None:

@@ -30,11 +30,12 @@ class Stream:
 
     Args:
         values: The inputs or outputs.
-        dims: Where the tokens stand, one dimension or those of a grid.
+        tokens: Where the tokens stand: in one dimension or those of a grid, and in how many entries of the batch.
         shape: That of the stream, if it is known.
     """
 
-    def __init__(self, values: Any, dims: tuple[int, ...], shape: torch.Size | None = None) -> None:
+    def __init__(self, values: Any, tokens: Tokens, shape: torch.Size | None = None) -> None:
+        dims = tokens.dims
         rank = 2 + len(dims)
         self._leaves, self._structure = tree_flatten(values)
         self._place = next(
@@ -42,18 +43,20 @@ class Stream:
             for place, leaf in enumerate(self._leaves)
             if isinstance(leaf, Tensor) and (leaf.ndim == rank if shape is None else leaf.shape == shape)
         )
-        self._dims, self._like = dims, self._leaves[self._place]
+        self._dims, self._joined, self._like = dims, tokens.joined, self._leaves[self._place]
         self.shape: torch.Size = self._like.shape
 
     @property
     def value(self) -> Tensor:
         """The stream as (B, N, C)."""
-        return tokens_first(self._like, self._dims)
+        entries = tokens_first(self._like, self._dims)
+        return entries.reshape(entries.shape[0] // self._joined, -1, entries.shape[2])
 
     def replaced(self, tokens: Tensor) -> Any:
         """The inputs or outputs with another stream, given as (B, N, C)."""
         leaves = list(self._leaves)
-        leaves[self._place] = laid_out(tokens, self._like, self._dims)
+        entries = tokens.reshape(self._like.shape[0], -1, tokens.shape[2])
+        leaves[self._place] = laid_out(entries, self._like, self._dims)
         return tree_unflatten(leaves, self._structure)
 
 
@@ -96,7 +99,7 @@ def _following(
 
     def forward_of(dense: Callable[..., Any], opens: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            entry = Stream((args, kwargs), tokens.dims)
+            entry = Stream((args, kwargs), tokens)
             x = entry.value
             slots = _slots(dense, entry) if tokens.unit else []
             if opens:
@@ -111,7 +114,7 @@ def _following(
                 moved, named = entry.replaced(stream)
                 weighs = WindowAttention([sizes.flatten()[each.tokens].log() for each in slots])
                 with weighs if slots else Attention(x.shape[0], x.shape[1], sizes):
-                    exits.append(Stream(dense(*moved, **named), tokens.dims, entry.shape))
+                    exits.append(Stream(dense(*moved, **named), tokens, entry.shape))
                 return exits[0].value
 
             restored = passages[-1].through(x, block)

@@ -23,6 +23,7 @@ class Tokens:
         unit: Where attention is over windows, what idles: whole "windows", or "tokens" in each.
         inside: Whether the block itself makes windows of the stream before it begins, so that its tokens are numbered
             window by window.
+        joined: How many entries of the batch, one after another, are windows of one image that the attention joins.
     """
 
     prefix: tuple[int, ...]
@@ -30,6 +31,7 @@ class Tokens:
     dims: tuple[int, ...] = (1,)
     unit: str = ""
     inside: bool = False
+    joined: int = 1
 
 
 def look(
@@ -37,14 +39,18 @@ def look(
     paths: Sequence[str],
     call: Callable[[], Any],
     grids: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    joins: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Tokens]:
     """Find prefix and class token by running the model on different images, and by gradients.
+
+    Windows that a block joins have brought a class token each, of which none is the image's.
 
     Args:
         model: The dense model.
         paths: Module paths of its blocks, in order.
         call: Runs the model on a batch of different images.
         grids: For blocks whose tokens stand on a grid, the sizes of its sides.
+        joins: For blocks that join windows of an image, which are entries of the batch, how many these are.
     """
     inputs: dict[str, Tensor] = {}
     streams: dict[str, Tensor] = {}
@@ -70,7 +76,14 @@ def look(
     reads = [_read(leaf, streams[last], dims[last]) for leaf in leaves if last in flat]
     found = {path: replace(_tokens(prefixes[path], reads), dims=dims[path]) for path in flat}
     shapes = {path: tuple(inputs[path].shape[d] for d in dims[path]) for path in flat}
+    found |= {path: _of_windows(found[path], windows, flat[path].shape[1]) for path, windows in joins.items()}
     return {path: replace(t, inside=shapes[path] != grids.get(path, shapes[path])) for path, t in found.items()}
+
+
+def _of_windows(one: Tokens, windows: int, size: int) -> Tokens:
+    """The tokens of so many windows of a size as one sequence; those of one window are told."""
+    prefix = tuple(window * size + position for window in range(windows) for position in one.prefix)
+    return replace(one, prefix=prefix, class_token=None, joined=windows)
 
 
 @torch.no_grad()

@@ -242,7 +242,8 @@ def _idling(
             output, excess = rested(run, x, tokens.dims, keep, chosen, tokens.unit, inside=tokens.inside)
             excesses.append(excess)
             return output
-        batch, count = x.shape[0], math.prod(x.shape[dim] for dim in tokens.dims)
+        batch = x.shape[0] // tokens.joined
+        count = math.prod(x.shape[dim] for dim in tokens.dims) * tokens.joined
         working = torch.zeros(batch, count, dtype=torch.bool).scatter_(1, chosen, True)
         wanted = len(tokens.prefix) + kept_tokens(keep, count - len(tokens.prefix))
         if not working[:, list(tokens.prefix)].all() or not (working.sum(1) == wanted).all():
