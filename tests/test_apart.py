@@ -77,31 +77,6 @@ def test_no_picture_is_drawn_of_tokens_that_form_no_grid_over_the_image(kind, tm
         token_map._workers(idle, films(1))
 
 
-class Split(nn.Module):
-    """Windows of an image stand beside the images, as if each were one, until a block attends over all of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches, self.neck = nn.Conv2d(3, 24, 4, 4), nn.Linear(24, 5)
-        self.norms = nn.ModuleList(nn.LayerNorm(24) for _ in range(3))
-        self.attentions = nn.ModuleList(nn.MultiheadAttention(24, 3, batch_first=True) for _ in range(3))
-
-    def forward(self, x):
-        x = self.patches(x).unflatten(2, (2, 2)).unflatten(4, (2, 3)).permute(0, 2, 4, 3, 5, 1).reshape(-1, 6, 24)
-        for place, (norm, attention) in enumerate(zip(self.norms, self.attentions, strict=True)):
-            y = norm(x)
-            y = y.reshape(x.shape[0] // 4, 24, 24) if place == 1 else y
-            y = attention(y, y, y, need_weights=False)[0]
-            x = x + (y.reshape(x.shape) if place == 1 else y)
-        return self.neck(x).view(x.shape[0] // 4, -1)
-
-
-def test_windows_beside_the_images_idle_and_what_joins_them_is_refused():
-    table = idlefx.inspect(Split().eval(), pictures(2, 4, 6))
-    assert [(block.tokens, block.can_idle) for block in table] == [(6, True), (0, False), (6, True)]
-    assert says(table[1].refusal, "puts tokens of several images into one window", r"test_apart\.py:\d+: ")
-
-
 class Neighbours(Block):
     """A convolution over all neighbours stands behind the attention over windows."""
 

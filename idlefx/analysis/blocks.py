@@ -166,7 +166,7 @@ def _prefix(
     windows, size = axes.grid if walk.shares_batch else (1, shape_of(trunk.entry)[innermost])
     grid = () if walk.shares_batch else axes.grid
     if prefix is not None:
-        positions = named_positions(prefix, math.prod(grid) or size, grid)
+        positions = named_positions(prefix, math.prod(grid or (size,)), grid)
     else:
         positions = () if grid or walk.windows else prefix_positions(flow, trunk.entry, innermost, known)
     return tuple(window * size + position for window in range(windows) for position in positions)

@@ -78,7 +78,7 @@ def _tokens_first(head: Head, stream: fx.Node, layout: Layout) -> fx.Node:
     order = _order(layout)
     if order != list(range(len(order))):
         stream = head.add(aten.permute.default, stream, order, name="x")
-    if lay.shares_batch(layout):
+    if lay.shares_batch(layout) and not head.few:
         return head.add(aten.reshape.default, stream, [-1, head.block.tokens, head.block.width], name="joined")
     return stream if len(order) == 3 else head.add(aten.flatten.using_ints, stream, 1, -2, name="flat")
 

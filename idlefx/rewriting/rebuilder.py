@@ -130,7 +130,7 @@ class Rebuilder:
         if not isinstance(before, fx.Node):
             return count
         batch = self._add(aten.sym_size.int, self.subset.index, 0, name="batch", like=node)
-        return self._add(operator.mul, batch, count, name="size", like=node)
+        return batch if count == 1 else self._add(operator.mul, batch, count, name="size", like=node)
 
     def _taken_again(self, node: fx.Node, copy: fx.Node) -> fx.Node:
         """The tokens that are there, of a copy that works on the whole grid; any other copy as it is."""

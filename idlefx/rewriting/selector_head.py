@@ -49,7 +49,7 @@ class Head:
         self, graph: fx.Graph, block: Block, opened: Opened, stream: fx.Node | None = None, subset: Subset | None = None
     ) -> None:
         self.graph, self.block, self.opened, self.walk = graph, block, opened, opened.walk
-        self.stream = stream if stream is not None else opened.entry
+        self.stream, self.few = stream if stream is not None else opened.entry, subset is not None
         self.prefix = block.prefix if subset is None else block.prefix_among(subset.kept) or ()
         self.class_token = None if block.class_token is None else self.prefix[block.prefix.index(block.class_token)]
         self.name = f"idle_{block.index}_"
@@ -125,7 +125,7 @@ class Head:
 
     def tokens_first(self, stream: fx.Node) -> fx.Node:
         """Something laid out as the stream, as (B, N, C)."""
-        return tokens_first(self.add, stream, self.block)
+        return tokens_first(self.add, stream, self.block, few=self.few)
 
     def _query(self, selector: str) -> fx.Node:
         if self.class_token is None or selector == "mean":

@@ -26,7 +26,7 @@ class StageTokens:
         graph: The graph, in which it is told already who follows whom.
         add: Inserts calls.
         block: The block that opens the stage.
-        step: What it does.
+        step: What it does; where groups join, their means are the tokens.
 
     Attributes:
         roles: Those of the nodes that tell who follows whom: the workers, places, order and leaders.
@@ -35,7 +35,7 @@ class StageTokens:
     roles: tuple[Role, ...] = ("index", "place", "order", "leaders")
 
     def __init__(self, graph: fx.Graph, add: Add, block: Block, step: Step) -> None:
-        self.add, self.block, self.kept = add, block, step.kept
+        self.add, self.block, self.kept, self.few = add, block, step.kept, step.joins
         self.groups = [only_made_for(graph, block.index, role) for role in self.roles]
 
     @property
@@ -45,7 +45,7 @@ class StageTokens:
 
     def apart(self, stream: fx.Node) -> fx.Node:
         """All tokens, as groups are made of them."""
-        return in_one_dimension(self.add, stream, self.block, role="gather")
+        return (out_of_row if self.few else in_one_dimension)(self.add, stream, self.block, role="gather")
 
     def from_row(self, stream: fx.Node) -> fx.Node:
         """A stream of those that work, as the means of groups."""

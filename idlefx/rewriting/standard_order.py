@@ -51,9 +51,9 @@ def out_of_row(add: Add, stream: fx.Node, block: Block, **told: Any) -> fx.Node:
     return add(aten.flatten.using_ints, stream, *sides, name="flat", **told)
 
 
-def tokens_first(add: Add, stream: fx.Node, block: Block) -> fx.Node:
-    """Something laid out as the stream of a block, as (B, N, C)."""
-    stream = in_one_dimension(add, stream, block)
+def tokens_first(add: Add, stream: fx.Node, block: Block, *, few: bool = False) -> fx.Node:
+    """Something laid out as the stream of a block, as (B, N, C); or as that of few tokens."""
+    stream = (out_of_row if few else in_one_dimension)(add, stream, block)
     token_dim, batch_dim = block.flat_dims
     order = [batch_dim, token_dim, 3 - batch_dim - token_dim]
     return stream if order == [0, 1, 2] else add(aten.permute.default, stream, order, name="x")
