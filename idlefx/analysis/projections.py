@@ -98,15 +98,16 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
     same = walk.windows is not None or _same_tokens(walk[current], walk[node])  # in whatever order
     if features is None or not same or not all(stream_source(walk, i) for i in current.all_input_nodes if i in walk):
         return None
+    images = math.prod(f.size for dim in walk[node] for f in dim if f.role == "batch")
+    if images % FREE_BATCH:
+        return None  # the batch is fixed
     shape = shape_of(current, SMALL_BATCH)
     numbers: Any = torch.arange(shape[features]).view(-1, *(1,) * (-1 - features)).expand(shape)
     for step in reversed(path):
         args, kwargs = _with_numbers(step, numbers)
         view: Any = step.target
         numbers = _FREE.get(view, view)(*args, **kwargs)
-    if math.prod(f.size for dim in walk[node] for f in dim if f.role == "batch") != FREE_BATCH:
-        return None  # the batch of the block is not that of the image, or is fixed
-    rows = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH))
+    rows = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH * images // FREE_BATCH))
     return rows and replace(rows, factor=factor)
 
 
