@@ -48,7 +48,7 @@ class Block:
         batch_dim: Which dimension of the stream the batch stands in; tokens may stand there too, where an image has
             windows that are stacked in the batch and the attention is over all of them.
         grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
-        over_image: Whether the sides of the grid are those of the image; False where the stream stands in windows.
+        over_image: Whether the tokens are those of one image in its order; False where the stream stands in windows.
         windows: How many windows the attention is over, and how many slots each has; empty where it is over all tokens.
         partition: A digest of which token stands in which slot of which window; empty where there are none.
         prefix: Positions of the prefix tokens, which are always kept.

@@ -128,9 +128,10 @@ def test_the_stream_and_the_cut_loss_are_returned():
     assert loss > 0
 
 
-def test_no_picture_is_drawn_of_windows():
-    idle = idlefx.convert(build("inside", "behind"), [1], 0.5, example_inputs=pictures(2))
-    with pytest.raises(idlefx.InputError, match=r"draw: the tokens of block 1 \(blocks.1\) form no grid"):
+@pytest.mark.parametrize("block", [0, 1])
+def test_no_picture_is_drawn_of_windows(block):
+    idle = idlefx.convert(build("inside", "behind"), [block], 0.5, schedule="blocks", example_inputs=pictures(2))
+    with pytest.raises(idlefx.InputError, match=rf"draw: the tokens of block {block} \(blocks.{block}\) form no grid"):
         token_map._workers(idle, pictures(1))
 
 

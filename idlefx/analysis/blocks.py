@@ -141,7 +141,7 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         token_dim=axes.tokens[0],
         batch_dim=axes.batch,
         grid=axes.grid,
-        over_image=not (walk.apart or walk.shares_batch),
+        over_image=not walk.apart and stream[axes.batch] == shape_of(image_input(trunk.entry.graph))[0],
         windows=(windows.count, windows.size) if windows else (),
         partition=windows.digest if windows else "",
         prefix=_prefix(flow, trunk, axes, walk, known, prefix),
