@@ -75,7 +75,7 @@ LW_DETR = {
     "window_block_indices": [0, 2],
     "out_indices": [1, 3],
 }
-RF_DETR = {"image_size": 64, "num_windows": 2, "out_indices": [1, 3]}  # block 1 attends over all windows
+RF_DETR = {"image_size": 64, "num_windows": 2}  # those blocks attend over all windows that `out_indices` names
 FACE_HIERA = {
     "image_size": [64, 64], "embed_dim": 16, "depths": [2, 2, 2, 1], "num_heads": [1, 2, 2, 2],
     "embed_dim_multiplier": 2.0,
@@ -137,7 +137,8 @@ HUGGING_FACE: tuple[tuple[str, str, Options, dict[str, Any]], ...] = (  # label,
     ("ViTDet backbone", "VitDetModel", VIT_DET, {"attention": "eager"}),
     ("ViTDet, relative position", "VitDetBackbone", BIASED, {"attention": "eager"}),
     ("LW-DETR ViT", "LwDetrViTBackbone", LW_DETR, {}),
-    ("RF-DETR ViT", "RfDetrDinov2Backbone", RF_DETR, {}),
+    ("RF-DETR ViT", "RfDetrDinov2Backbone", {**RF_DETR, "out_indices": [1, 3]}, {}),
+    ("RF-DETR ViT, SwiGLU", "RfDetrDinov2Backbone", {**RF_DETR, "out_indices": [1, 2, 3], "use_swiglu_ffn": True}, {}),
     ("SAM vision", "SamVisionModel", FACE_SAM, {}),
     ("SAM-HQ vision", "SamHQVisionModel", FACE_SAM, {}),
     (
