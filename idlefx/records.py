@@ -48,7 +48,9 @@ class Block:
         batch_dim: Which dimension of the stream the batch stands in; tokens may stand there too, where an image has
             windows that are stacked in the batch and the attention is over all of them.
         grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
-        over_image: Whether the tokens are those of one image in its order; False where the stream stands in windows.
+        over_image: Whether the sides of the grid are those of the image; False where the stream stands in windows.
+        sequences: How many such sequences of tokens an image has: windows that stand in the batch, each of them as if
+            it were an image.
         windows: How many windows the attention is over, and how many slots each has; empty where it is over all tokens.
         partition: A digest of which token stands in which slot of which window; empty where there are none.
         prefix: Positions of the prefix tokens, which are always kept.
@@ -75,6 +77,7 @@ class Block:
     batch_dim: int = 0
     grid: tuple[int, ...] = ()
     over_image: bool = True
+    sequences: int = 1
     windows: tuple[int, ...] = ()
     partition: str = ""
     prefix: tuple[int, ...] = ()
@@ -120,6 +123,13 @@ class Block:
         return tuple(p if first == 0 else p - first + kept for p, first in zip(self.prefix, before, strict=True))
 
     @property
+    def told_tokens(self) -> str:
+        """How many tokens there are, and in which windows, in words."""
+        if self.windows:
+            return f"{self.tokens} in {self.windows[0]} x {self.windows[1]}"
+        return f"{self.tokens} in each of {self.sequences}" if self.sequences > 1 else str(self.tokens or "-")
+
+    @property
     def leading(self) -> int:
         """How many prefix tokens stand in front of all others."""
         return next((place for place, position in enumerate(self.prefix) if place != position), len(self.prefix))
@@ -161,7 +171,7 @@ class BlockTable(Sequence[Block]):
             (
                 b.index,
                 b.path or "-",
-                f"{b.tokens} in {b.windows[0]} x {b.windows[1]}" if b.windows else b.tokens or "-",
+                b.told_tokens,
                 len(b.prefix),
                 b.width,
                 b.heads,

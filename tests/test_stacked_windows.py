@@ -17,7 +17,7 @@ from idlefx.zoo.comparisons import compare
 from tests.models.stacked import SLOTS, TOKENS, WIDTH, WINDOWS, Block, Stacked, build, pictures
 from tests.support.messages import says
 
-HOWS = ("behind", "front", "dims")
+HOWS = ("behind", "front", "dims", "sized")
 PREFIXES = {0: (), 2: (0, 1, 8, 9, 16, 17, 24, 25)}
 
 
@@ -30,7 +30,7 @@ def test_idles_as_the_reference_does_with_masks(how, prefix):
     of_image = (TOKENS + WINDOWS * prefix, (WINDOWS, SLOTS + prefix), PREFIXES[prefix])
     assert [(b.tokens, b.grid, b.prefix) for b in table] == [of_window, of_image, of_image]
     assert all(b.can_idle and not b.rest_only and b.width == WIDTH and b.class_token is None for b in table), table
-    assert [b.affine for b in table] == [True] + [how != "dims"] * 2
+    assert [b.affine for b in table] == [True] + [how in ("behind", "front")] * 2
     idle = idlefx.convert(model, [0, 1, 2], [0.7, 0.6, 0.3], example_inputs=pictures(2))
     assert [(step.kept, step.tokens) for step in idle.plan] == [(4, SLOTS), (14, TOKENS), (7, TOKENS)]
     found = compare(model, idle, table, pictures(3, seed=1))
@@ -104,6 +104,8 @@ def test_tokens_that_idle_may_never_return():
 
 
 def test_tables_tell_tokens_of_windows_and_of_images():
+    rows = str(idlefx.inspect(build("inside", "behind"), pictures(2))).splitlines()[2:]
+    assert [says(row, wanted) for row, wanted in zip(rows, ("6 in each of 4 ", r"\b24 "), strict=True)] == [True, True]
     idle = idlefx.convert(build("inside", "behind"), [0], 0.5, example_inputs=pictures(2))
     assert "3 of 6" in str(idle.plan) and "12 of 24" in str(idle.plan)
     told = idlefx.report(idle)

@@ -134,6 +134,7 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         return replace(block, refusal=str(refusal))
     tokens = math.prod(axes.grid or (stream[axes.tokens[0]],))
     windows = walk.windows
+    sequences = 1 if walk.shares_batch else _sequences(stream[axes.batch], image_input(trunk.entry.graph))
     layout = walk[trunk.cores[0].query]
     block = replace(
         block,
@@ -141,7 +142,8 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         token_dim=axes.tokens[0],
         batch_dim=axes.batch,
         grid=axes.grid,
-        over_image=not walk.apart and stream[axes.batch] == shape_of(image_input(trunk.entry.graph))[0],
+        over_image=not (walk.apart or walk.shares_batch) and sequences == 1,
+        sequences=sequences,
         windows=(windows.count, windows.size) if windows else (),
         partition=windows.digest if windows else "",
         prefix=_prefix(flow, trunk, axes, walk, known, prefix),
@@ -156,6 +158,12 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         rest_only=_cannot_follow(walk, trunk.cores, whole_only),
         whole_only=whole_only,
     )
+
+
+def _sequences(entries: int, images: fx.Node) -> int:
+    """How many of so many entries of the batch belong to one image."""
+    each, rest = divmod(entries, shape_of(images)[0])
+    return each if each and not rest else 1
 
 
 def _prefix(

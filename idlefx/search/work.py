@@ -78,7 +78,7 @@ class Work:
         parts, *_ = block.windows or (1,)  # tokens of a window are compared with those of the same
         there, idle = images + len(block.prefix), images - kept
         _, compared, *_ = anchors(images // parts, kept // parts)
-        return float(block.width * (there * compared + idle * kept / parts + there))
+        return float(block.sequences * block.width * (there * compared + idle * kept / parts + there))
 
 
 def _everywhere(candidates: Candidates, share: float) -> Candidate:

@@ -18,7 +18,8 @@ class Block(nn.Module):
     Args:
         how: "inside" each window; "behind" the norm, as one reshape; "front", before the norm, with logits spelled out
             and a bias for each pair of tokens; "dims", behind the projections, one dimension after the other, with
-            normalised queries and keys; "pairs" of windows, which makes no sequence of an image.
+            normalised queries and keys; "sized", with keys that all heads share and something added, where the number
+            of images is taken of the windows; "pairs" of windows, which makes no sequence of an image.
         prefix: How many prefix tokens each window has.
     """
 
@@ -52,6 +53,11 @@ class Block(nn.Module):
             return self.out(self.attend(qkv).unflatten(1, (WINDOWS, n)).flatten(0, 1))
         joined = WINDOWS // 2 if self.how == "pairs" else WINDOWS
         y = self.norm(x).reshape(entries // joined, joined * n, WIDTH)
+        if self.how == "sized":
+            q, k, v = self.qkv(y).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            k = k[:, :1].expand(entries // WINDOWS, HEADS, -1, -1)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.out(y + x.new_ones(entries // WINDOWS, 1, 1)).reshape(x.shape)
         return self.out(self.attend(self.qkv(y))).reshape(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
