@@ -1,5 +1,6 @@
 """Windows that are stacked in the batch: where attention joins them, the tokens of an image idle as one sequence."""
 
+import operator
 from functools import partial
 from unittest.mock import patch
 
@@ -9,6 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import idlefx
+from idlefx.analysis.blocks import find_blocks
+from idlefx.capture.export import capture
+from idlefx.graph.build import add_call
+from idlefx.options import PlanOptions
+from idlefx.pipeline import rewrite, spell
+from idlefx.planning.schedule import make_plan
 from idlefx.records import Step
 from idlefx.reporting import token_map
 from idlefx.runtime.selections import selections
@@ -17,6 +24,7 @@ from idlefx.zoo.comparisons import compare
 from tests.models.stacked import SLOTS, TOKENS, WIDTH, WINDOWS, Block, Stacked, build, pictures
 from tests.support.messages import says
 
+aten = torch.ops.aten
 HOWS = ("behind", "front", "dims", "sized")
 PREFIXES = {0: (), 2: (0, 1, 8, 9, 16, 17, 24, 25)}
 
@@ -155,6 +163,26 @@ def test_a_compiled_model_is_one_graph_for_all_batches():
     fast = idlefx.compile(idle)
     for batch in (2, 3, 5):
         torch.testing.assert_close(fast(pictures(batch)), idle(pictures(batch)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_sizes_that_are_taken_of_the_windows_are_written_anew():
+    captured = capture(build("sized"), pictures(2)).eval_graph
+    spelled = spell(captured)  # here sizes are those of the images, whatever the model took them of
+    nodes = list(spelled.graph.nodes)
+    entry = next(node for node in nodes if node.name == find_blocks(spelled)[0].entry)
+    with spelled.graph.inserting_after(entry):
+        entries = add_call(spelled.graph, aten.sym_size.int, entry, 0, name="entries", like=entry)
+    with spelled.graph.inserting_after(entries):
+        images = add_call(spelled.graph, operator.floordiv, entries, WINDOWS, name="images", like=entry)
+    later = nodes[nodes.index(entry) + 1 :]
+    for size in spelled.graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        if size is not entries:
+            size.replace_all_uses_with(images, later.__contains__)
+    assert {user.target for user in images.users} >= {aten.reshape.default, aten.expand.default, aten.new_ones.default}
+    plan = make_plan(find_blocks(spelled), PlanOptions([0], 0.5))
+    idle = idlefx.convert(build("sized"), [0], 0.5, example_inputs=pictures(2))
+    assert torch.equal(rewrite(spelled, plan, captured)(pictures(3)), idle(pictures(3)))
 
 
 class Placed(Block):
