@@ -166,7 +166,7 @@ def test_a_compiled_model_is_one_graph_for_all_batches():
 
 
 @torch.no_grad()
-def test_sizes_that_are_taken_of_the_windows_are_written_anew():
+def test_numbers_of_images_that_are_taken_of_the_windows_stay_what_they_are():
     captured = capture(build("sized"), pictures(2)).eval_graph
     spelled = spell(captured)  # here sizes are those of the images, whatever the model took them of
     nodes = list(spelled.graph.nodes)

@@ -42,11 +42,6 @@ class Walk:
     def __contains__(self, node: Any) -> bool:
         return node in self.layouts
 
-    @property
-    def counted(self) -> tuple[str, ...]:
-        """The roles of dimensions that are shorter where fewer tokens are there."""
-        return ("tokens", "batch") if self.shares_batch else ("tokens",)
-
     def edit(self, node: fx.Node, *edits: Edit) -> None:
         """Note what must change at a node."""
         self.edits.setdefault(node, []).extend(edits)

@@ -31,7 +31,7 @@ def _regrouped(walk: Walk, node: fx.Node, arg: int, first: int) -> Layout:
     if layout is None:
         refuse(node, "breaks up the token axis (windows or a grid of patches)")
     for entry, size in enumerate(argument(node, arg)):
-        if lay.has(layout[first + entry], *walk.counted) and size != -1:
+        if lay.has(layout[first + entry], "tokens") and size != -1:
             walk.edit(node, Resize(arg, entry, layout[first + entry]))
     return layout
 
@@ -68,7 +68,7 @@ def expand(walk: Walk, node: fx.Node) -> Layout:
     for d, size in enumerate(wanted):
         before = layout[d - new] if d >= new else ()
         result.append(before if before and lay.size(before) == size else lay.features(size))
-        if lay.has(result[-1], *walk.counted) and argument(node, 1)[d] != -1:
+        if lay.has(result[-1], "tokens") and argument(node, 1)[d] != -1:
             walk.edit(node, Resize(1, d, result[-1]))
     return tuple(result)
 

@@ -164,6 +164,4 @@ def create(walk: Walk, node: fx.Node) -> Layout:
     """A fresh tensor, such as the coin tosses of drop path: it must not be as long as the tokens."""
     if any(lay.size(d) in sizes_of(node)[1:] for d in walk[node.args[0]] if lay.has(d, "tokens")):
         refuse(node, "makes a tensor that may have an entry per token")
-    layout = tuple(lay.features(s) for s in sizes_of(node))
-    walk.edit(node, *(Resize(1, d, dim) for d, dim in enumerate(layout) if lay.has(dim, *walk.counted)))
-    return layout
+    return tuple(lay.features(s) for s in sizes_of(node))
