@@ -39,7 +39,7 @@ class Trunk:
 
 
 @dataclass(frozen=True)
-class Segment:
+class Stretch:
     """The residual stream from where an attention's branch starts to where that of the next attention does.
 
     Attributes:
@@ -62,8 +62,8 @@ class Segment:
         """The operations between its branches."""
         return [[node.target for node in branch.tail] for branch in self.branches if branch.tail is not None]
 
-    def first(self, count: int) -> "Segment":
-        """The segment with its first branches only; what stands between them and the others is no tail of theirs."""
+    def first(self, count: int) -> "Stretch":
+        """The stretch with its first branches only; what stands between them and the others is no tail of theirs."""
         if count >= len(self.branches):
             return self
         *own, last = self.branches[:count]
@@ -78,20 +78,20 @@ def find_trunks(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> lis
         source: The image.
         cores: All attention; that of a pooling head, which is added to nothing, gives no block.
     """
-    segments = _segments(flow, source, cores)
-    if not segments:
+    stretches = _stretches(flow, source, cores)
+    if not stretches:
         return []
-    segments = _without_strangers(segments)
-    norm = _common_tail(flow, segments)
+    stretches = _without_strangers(stretches)
+    norm = _common_tail(flow, stretches)
     before = partial(starts_before, flow, source, tail=len(norm))
-    segments = _without_those_of_the_next(segments, before)
-    exits = [_exit(segment, norm) for segment in segments]
-    entries = _entries(segments, exits, before, list(flow))
-    blocks = zip(entries, exits, segments, strict=True)
-    return [Trunk(entry, _as_entered(flow, segment, entry, leave), segment.cores) for entry, leave, segment in blocks]
+    stretches = _without_those_of_the_next(stretches, before)
+    exits = [_exit(stretch, norm) for stretch in stretches]
+    entries = _entries(stretches, exits, before, list(flow))
+    blocks = zip(entries, exits, stretches, strict=True)
+    return [Trunk(entry, _as_entered(flow, stretch, entry, leave), stretch.cores) for entry, leave, stretch in blocks]
 
 
-def _segments(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> list[Segment]:
+def _stretches(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> list[Stretch]:
     """The residual stream, cut where the branches of attention start; empty if no attention is added back."""
     branches: dict[fx.Node, Branch] = {}
     sharing: dict[fx.Node, list[Core]] = {}
@@ -102,38 +102,38 @@ def _segments(flow: nx.DiGraph, source: fx.Node, cores: Sequence[Core]) -> list[
             branches.setdefault(branch.start, branch)
             sharing.setdefault(branch.start, []).append(core)
     starts = [node for node in flow if node in branches]
-    segments = []
+    stretches = []
     for start, following in zip(starts, [*starts[1:], None], strict=False):
         stream = stream_behind(flow, branches[start], following, outs)
-        segments.append(Segment(tuple(sharing[start]), branches_along(flow, start, stream, following), stream))
-    return segments
+        stretches.append(Stretch(tuple(sharing[start]), branches_along(flow, start, stream, following), stream))
+    return stretches
 
 
-def _without_strangers(segments: list[Segment]) -> list[Segment]:
+def _without_strangers(stretches: list[Stretch]) -> list[Stretch]:
     """Leave out residual branches that follow a block but are none of it: those of a head, or between two stages.
 
     They stand behind other operations than the branches of most blocks do, or the last block alone has them.
     """
-    *others, last = segments
-    patterns = [segment.tails for segment in others if segment.tails] or [segments[0].tails[:1]]
+    *others, last = stretches
+    patterns = [stretch.tails for stretch in others if stretch.tails] or [stretches[0].tails[:1]]
     usual = max(patterns, key=patterns.count)
-    most = max((len(segment.branches) for segment in others), default=len(last.branches))
+    most = max((len(stretch.branches) for stretch in others), default=len(last.branches))
     own = []
-    for segment in segments:
-        expected = usual + usual[-1:] * len(segment.tails)
-        own.append(segment.first(1 + len(_common_start(segment.tails, expected))))
+    for stretch in stretches:
+        expected = usual + usual[-1:] * len(stretch.tails)
+        own.append(stretch.first(1 + len(_common_start(stretch.tails, expected))))
     return [*own[:-1], own[-1].first(most)]
 
 
-def _common_tail(flow: nx.DiGraph, segments: list[Segment]) -> list[Target]:
+def _common_tail(flow: nx.DiGraph, stretches: list[Stretch]) -> list[Target]:
     """What follows every sum all through the model, as the norm of post-norm models does; not what follows one.
 
     Nor what joins the stream with another, nor a position embedding that is added in front of every block.
     """
     tails = [
         [node.target for node in _of_block(flow, branch.sum, branch.tail)]
-        for segment in segments
-        for branch in segment.branches
+        for stretch in stretches
+        for branch in stretch.branches
         if branch.tail is not None
     ]
     return reduce(_common_start, tails) if tails else []
@@ -149,30 +149,30 @@ def _of_block(flow: nx.DiGraph, start: fx.Node, tail: Sequence[fx.Node]) -> Sequ
     return tail
 
 
-def _without_those_of_the_next(segments: list[Segment], before: StartsBefore) -> list[Segment]:
+def _without_those_of_the_next(stretches: list[Stretch], before: StartsBefore) -> list[Stretch]:
     """Where the last attention has fewer branches behind it and the first has them in front, so have all."""
-    *others, last = segments
-    counts = {len(segment.branches) for segment in others}
+    *others, last = stretches
+    counts = {len(stretch.branches) for stretch in others}
     missing = counts.pop() - len(last.branches) if len(counts) == 1 else 0
-    if missing > 0 and len(list(islice(before(segments[0].start), missing))) == missing:
-        return [segment.first(len(last.branches)) for segment in segments]
-    return segments
+    if missing > 0 and len(list(islice(before(stretches[0].start), missing))) == missing:
+        return [stretch.first(len(last.branches)) for stretch in stretches]
+    return stretches
 
 
-def _exit(segment: Segment, norm: list[Target]) -> fx.Node:
+def _exit(stretch: Stretch, norm: list[Target]) -> fx.Node:
     """Where a block ends: at its last sum, or at the norm behind it."""
-    closed = segment.stream.index(segment.branches[-1].sum)
-    following = [node.target for node in segment.stream[closed + 1 : closed + 1 + len(norm)]]
-    return segment.stream[closed + len(norm) if following == norm else closed]
+    closed = stretch.stream.index(stretch.branches[-1].sum)
+    following = [node.target for node in stretch.stream[closed + 1 : closed + 1 + len(norm)]]
+    return stretch.stream[closed + len(norm) if following == norm else closed]
 
 
-def _as_entered(flow: nx.DiGraph, segment: Segment, entry: fx.Node, leave: fx.Node) -> fx.Node:
+def _as_entered(flow: nx.DiGraph, stretch: Stretch, entry: fx.Node, leave: fx.Node) -> fx.Node:
     """A block's exit, or where the stream has the shape of its entry again, if it was flattened inside the block.
 
     A norm on the way is the block's own if the module that did the rest of the block did it too.
     """
     path, wanted = common_path(region(flow, entry, leave)), shape_of(entry)
-    for node in segment.stream[segment.stream.index(leave) :]:
+    for node in stretch.stream[stretch.stream.index(leave) :]:
         own = node.target in MOVES or (node.target is aten.layer_norm.default and common_path([node]).startswith(path))
         if node is not leave and not own:
             break
@@ -182,11 +182,11 @@ def _as_entered(flow: nx.DiGraph, segment: Segment, entry: fx.Node, leave: fx.No
 
 
 def _entries(
-    segments: list[Segment], exits: list[fx.Node], before: StartsBefore, order: list[fx.Node]
+    stretches: list[Stretch], exits: list[fx.Node], before: StartsBefore, order: list[fx.Node]
 ) -> list[fx.Node]:
     """Where the blocks begin: at residual branches that stand before every attention and belong to no other block."""
-    entries = [segment.start for segment in segments]
-    if len(segments) == 1:
+    entries = [stretch.start for stretch in stretches]
+    if len(stretches) == 1:
         return entries  # nothing tells its own branches from those of the stem
     in_front = [islice(before(entry), _MOST_IN_FRONT) for entry in entries]
     for earlier in zip(*in_front, strict=False):  # ends where one of the blocks has no further branch
