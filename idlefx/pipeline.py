@@ -124,12 +124,13 @@ def convert(
         captured.batch_free,
         origin(captured.model),
         example_inputs is None,
-        checks_of(captured.model.forward, captured.eval_graph.graph),
+        checks_of(captured.model.forward, captured.eval_graph.graph, captured.arrays),
         answers_of(captured.model),
         modules,
         captured.custom_gradient,
         weights.sample(captured.model),
         captured.loss,
+        captured.numbers,
     )
     if captured.training:
         conversion.check_gradients()

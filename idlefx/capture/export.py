@@ -6,7 +6,7 @@ import inspect as pyinspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from idlefx.capture.arrays import built_in, holds_arrays, whole_numbers, without_arrays
 from idlefx.capture.cleanup import tidy
 from idlefx.capture.custom_gradients import without_backward_hooks
 from idlefx.capture.inputs import guess_inputs, known_facts
@@ -23,6 +24,7 @@ from idlefx.capture.observation import Args, explain, observe, reassigns_buffers
 from idlefx.capture.stack_traces import every_line_of_the_model
 from idlefx.capture.wrappers import unwrapped
 from idlefx.errors import IdleFxError, InputError
+from idlefx.graph.sizes import follows_batch
 from idlefx.graph.state import computed, has_gradient_hooks, keeps_more
 from idlefx.records import ModelFacts
 from idlefx.runtime.labels import Loss
@@ -41,6 +43,8 @@ class Captured:
         batch_free: Whether the batch size is free.
         custom_gradient: What has gradients of its own, which the graphs do not have; empty if nothing has.
         loss: What computes the loss of calls with labels, if the trace has none and the model such a function.
+        arrays: Numpy arrays of the example by argument, which the trace has built in.
+        numbers: Tensors of whole numbers in the example by argument, where its batch is the only one.
     """
 
     model: nn.Module
@@ -51,6 +55,8 @@ class Captured:
     batch_free: bool
     custom_gradient: str = ""
     loss: Loss | None = None
+    arrays: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, copy_model: bool = True) -> Captured:
@@ -103,20 +109,30 @@ def _capture(model: nn.Module, example_inputs: Any, copy_model: bool) -> Capture
             stacklevel=4,
         )
     inputs = tree_map_only(torch.Tensor, torch.clone, inputs)  # what inference_mode made cannot be computed with here
+    inputs, arrays = without_arrays(model, inputs)
     target = copy.deepcopy(model, computed(model)) if copy_model else model
     modes = Modes(target)
-    try:
-        eval_graph, batch_free = _trace(modes.switch(False), inputs)
-        train_graph, loss = eval_graph, loss_function(target, inputs)
-        mode_matters, custom = observe(modes, inputs)
-        if mode_matters:
-            train_graph, train_free = _trace(modes.switch(True), inputs)
-            batch_free = batch_free and train_free
-    finally:
-        modes.restore()
-    if not batch_free:
+    with built_in(target, arrays):
+        try:
+            eval_graph, batch_free = _trace(modes.switch(False), inputs, fixed=bool(arrays))
+            train_graph, loss = eval_graph, loss_function(target, inputs)
+            mode_matters, custom = observe(modes, inputs)
+            if mode_matters:
+                train_graph, train_free = _trace(modes.switch(True), inputs, fixed=bool(arrays))
+                batch_free = batch_free and train_free
+        finally:
+            modes.restore()
+    if arrays:
+        names = ", ".join(f"`{name}`" for name in arrays)
+        warnings.warn(
+            f"{names}: the numbers of arrays are built in, and with them all sizes of the example; the result takes no "
+            "others",
+            stacklevel=4,
+        )
+    elif not batch_free:
         warnings.warn("the model's own code fixes the batch size; the result takes the example's only", stacklevel=4)
-    return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free, custom, loss)
+    numbers = {} if batch_free else whole_numbers(model, inputs)
+    return Captured(model, eval_graph, train_graph, modes.training, facts, batch_free, custom, loss, arrays, numbers)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -151,20 +167,25 @@ def _normal_inputs(model: nn.Module, example: Any) -> tuple[Args, ModelFacts]:
                 f"capture: an example input is on {tensor.device}, the model on {home}; move one to the other"
             )
     image = max(tensors, key=lambda t: t.numel())
-    if image.shape[0] == 1:  # torch.export treats a size of one as a constant
+    if image.shape[0] == 1 and not holds_arrays((args, kwargs)):  # torch.export treats a size of one as a constant
         doubled = lambda t: torch.cat([t, t]) if t.ndim and t.shape[0] == 1 else t  # noqa: E731
         args, kwargs = tree_map_only(torch.Tensor, doubled, (args, kwargs))
     size = tuple(image.shape[1:])
     return (args, kwargs), known_facts(model, size)
 
 
-def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
+def _trace(model: nn.Module, inputs: Args, *, fixed: bool) -> tuple[fx.GraphModule, bool]:
     """The graph and whether its batch is free; strict tracing keeps `len(x)` free where the other does not.
 
     But it loses, without a word, that a buffer is replaced.
+
+    Args:
+        model: The model, in a mode.
+        inputs: The example.
+        fixed: Whether something that is built in fixes the batch: a trace need not notice.
     """
     failures: list[Exception] = []
-    for strict, batch_free in ((False, True), (True, True), (False, False)):
+    for strict, batch_free in ((False, True), (True, True), (False, False))[2 if fixed else 0 :]:
         # A failed attempt leaves the tensors it was given marked as dynamic: each gets its own.
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, inputs)
         shapes = _free_batch(model, inputs) if batch_free else None
@@ -173,12 +194,26 @@ def _trace(model: nn.Module, inputs: Args) -> tuple[fx.GraphModule, bool]:
                 continue
             with quiet(), every_line_of_the_model(), without_backward_hooks(model):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
-                return tidy(program.module(check_guards=False), model), batch_free
+                if not (batch_free and _has_fixed_lengths(program.graph)):
+                    return tidy(program.module(check_guards=False), model), batch_free
         except IdleFxError:
             raise
         except Exception as error:  # torch.export raises many kinds; the first is the one to report
             failures.append(error)
     raise explain(model, inputs, failures[0])
+
+
+def _has_fixed_lengths(graph: fx.Graph) -> bool:
+    """Whether something is split into pieces of fixed lengths that the trace takes to be of any length.
+
+    So it is with images that are packed into one sequence, and no other sequence can be split like that.
+    """
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.split_with_sizes.default:
+            size = node.args[0].meta["val"].shape[node.args[2] if len(node.args) > 2 else 0]
+            if follows_batch(size) and not any(isinstance(length, fx.Node) for length in node.args[1]):
+                return True
+    return False
 
 
 def _free_batch(model: nn.Module, inputs: Args) -> dict[str, Any]:

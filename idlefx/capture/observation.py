@@ -18,6 +18,10 @@ from idlefx.errors import CaptureError, IdleFxError, InputError, first_line
 from idlefx.utils.source_lines import innermost
 
 Args = tuple[tuple[Any, ...], dict[str, Any]]
+_PLAIN_NUMBERS = (
+    "; sizes that a tensor tells, such as lengths of packed images, must be plain numbers: compute them before the "
+    "call and give them as numpy arrays, which fixes the sizes of the images"
+)
 
 
 def observe(modes: Modes, inputs: Args) -> tuple[bool, str]:
@@ -123,7 +127,7 @@ def explain(model: nn.Module, inputs: Args, error: Exception) -> IdleFxError:
     refusal = CaptureError(
         f"capture: torch.export cannot trace the model: {first_line(error)} (at {_own_line(error)}); "
         "a forward without control flow on tensor values (use torch.where), `.item()` and side effects usually helps"
-        + ("; sizes that a tensor tells, such as lengths of packed images, must be plain numbers" if told else "")
+        + (_PLAIN_NUMBERS if told else "")
     )
     refusal.__cause__ = error
     return refusal

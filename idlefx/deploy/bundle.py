@@ -77,6 +77,11 @@ def emit(
             "emit: the model takes uint8 images and normalises them itself, but the script tunes on images that are "
             "normalised already; use package, or convert the part of the model that takes such images"
         )
+    if conversion.calls.arrays:
+        raise InputError(
+            f"emit: the script cannot give the model arrays, and it takes {', '.join(conversion.calls.arrays)}; use "
+            "package, or convert a module that holds them"
+        )
     if kind := wrapper_kind(idle.parameters()):
         raise InputError(
             f"emit: weights of the model are {kind}, which no file of weights holds; emit the model before it is "

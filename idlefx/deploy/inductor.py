@@ -8,7 +8,7 @@ import torch
 import torch._inductor
 from torch import fx
 
-from idlefx.deploy.parity import check_parity
+from idlefx.deploy.parity import check_parity, example_of
 from idlefx.errors import ArtifactError, InputError, first_line
 from idlefx.runtime.labels import without_labels
 from idlefx.runtime.module import IdleModule, conversion_of, converted
@@ -21,8 +21,8 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
         idle: A converted model, in the mode in which it will be used; it shares its parameters with the result.
         verify: Whether to hold the compiled model against the eager one once, now, which compiles it. Only in eval
             mode: training draws random numbers.
-        dynamic: Whether the batch is free; torch compiles a batch of one image anew. False compiles every batch
-            size anew, which is a little faster where there are few.
+        dynamic: Whether the batch is free, where the model leaves it so; torch compiles a batch of one image anew.
+            False compiles every batch size anew, which is a little faster where there are few.
         **options: As `torch.compile` takes them, such as `mode="max-autotune"`.
 
     Returns:
@@ -33,19 +33,25 @@ def compile(idle: IdleModule, *, verify: bool = True, dynamic: bool | None = Tru
         ParityError: The compiled model does not compute what the eager one does.
     """
     idle = converted(idle)
+    dynamic = dynamic and conversion_of(idle).batch_free
     compiled: Any = torch.compile(idle, fullgraph=True, dynamic=dynamic, **options)
     # A free batch makes Dynamo take numbers of layers, as the epsilon of a norm, for free too, until it begins anew.
     compiled.forward = torch._dynamo.config.patch(specialize_float=True)(compiled.forward)
     # Before Dynamo sees them, whose own error would hide what is wrong with the inputs.
     compiled.register_forward_pre_hook(_check_inputs, with_kwargs=True)
     if verify and not idle.training:
-        check_parity(idle, compiled, "compiled")
+        (args, kwargs), arrays = example_of(idle), conversion_of(idle).calls.arrays
+        told = {name: expected.value for name, expected in arrays.items()}
+        check_parity(idle, compiled, "compiled", (args, {**kwargs, **told}))
     return compiled
 
 
-def _check_inputs(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_inputs(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     conversion = conversion_of(compiled)
-    conversion.calls.in_order(args, without_labels(kwargs, conversion.loss))
+    calls = conversion.calls
+    inputs = calls.in_order(args, without_labels(kwargs, conversion.loss))
+    # Dynamo would take arrays for tensors, whose numbers it does not know.
+    return ((), dict(zip(calls.expected, inputs, strict=True))) if calls.arrays else None
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -84,7 +84,7 @@ def plan_of(facts: Mapping[str, Any]) -> Plan:
     """The plan that `facts_of_plan` told."""
     blocks = tuple(Block(**_with_tuples(block)) for block in facts["blocks"]["blocks"])
     table = BlockTable(blocks, facts["blocks"]["macs"])
-    steps = tuple(Step(**step) for step in facts["steps"])
+    steps = tuple(Step(**_with_tuples(step)) for step in facts["steps"])
     return Plan(steps, table, facts["reselect"], facts["multiple_of"], facts.get("idle", "rest"))
 
 

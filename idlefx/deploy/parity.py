@@ -14,6 +14,7 @@ from idlefx.errors import InputError, ParityError
 from idlefx.graph.queries import placeholders
 from idlefx.graph.sizes import number
 from idlefx.graph.state import buffers_kept
+from idlefx.runtime.module import IdleModule, conversion_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 SWAY = 4  # times what one rounding of the inputs changes in the eager model
@@ -22,6 +23,8 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 def example_of(idle: fx.GraphModule, batch: int | None = None) -> Inputs:
     """Positional and keyword inputs such as the model was traced with: noise for images, ones for anything else.
+
+    Where the batch is that of the example, so are tensors of whole numbers.
 
     Args:
         idle: A converted model.
@@ -34,13 +37,16 @@ def example_of(idle: fx.GraphModule, batch: int | None = None) -> Inputs:
     graph, noise = idle.graph, torch.Generator().manual_seed(0)
     home = next((t.device for t in [*idle.parameters(), *idle.buffers()]), torch.device("cpu"))
     values = [node.meta.get("val") for node in placeholders(graph)]
+    numbers = conversion_of(idle).numbers if isinstance(idle, IdleModule) else {}
     if any(value is None for value in values):
         raise InputError("parity: this module no longer knows the shapes of its inputs; convert the model anew")
     others = {number(s, 0) for v in values if isinstance(v, torch.Tensor) for s in v.shape}
     batch = batch or next(size for size in range(2, len(others) + 3) if size not in others)
     made = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
+    for holder, value in zip(placeholders(graph), values, strict=True):
+        if holder.target in numbers:
+            value = numbers[str(holder.target)].to(home)
+        elif isinstance(value, torch.Tensor):
             shape = [number(size, batch) for size in value.shape]
             if value.dtype.is_floating_point:
                 tensor = torch.randn(shape, generator=noise)

@@ -3,7 +3,8 @@
 1. Every size of an input is that of the example, but for a batch that is free.
 2. A tensor of whole numbers or truth values has the example's number type; floating point ones may be of any width,
    so that a model can be moved to another one, or run under autocast.
-3. A setting, whatever is no tensor, has the value it was traced with; one that was not given has its default.
+3. A setting, whatever is no tensor, has the value it was traced with; one that was not given has its default. So has
+   an array, whose numbers the trace has built in.
 
 A call of something else is refused. `torch.compile` and `torch.export` trace these checks; they become guards.
 """
@@ -22,67 +23,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from idlefx.errors import InputError
 from idlefx.graph.queries import placeholders
 from idlefx.graph.sizes import formula
+from idlefx.runtime.expected import ExpectedArray, ExpectedSetting, ExpectedTensor, same, told
 
 _MISSING = object()
-
-
-@dataclass(frozen=True)
-class ExpectedTensor:
-    """A tensor input.
-
-    Attributes:
-        sizes: Its shape; None is a batch that is free.
-        dtype: Its number type in the trace.
-    """
-
-    sizes: tuple[int | None, ...]
-    dtype: torch.dtype
-
-    def check(self, value: Any, where: str) -> None:
-        """Hold an input against this.
-
-        Raises:
-            InputError: It is of another kind, shape or number type.
-        """
-        if isinstance(value, fx.Proxy):  # which has no sizes: the graph is traced anew
-            return
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"input: `{where}` must be a tensor, as in the example; got {_told(value)}")
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # where sizes are tensors
-            return
-        fits = value.dim() == len(self.sizes)
-        for size, wanted in zip(value.shape, self.sizes, strict=False):
-            fits = fits and (wanted is None or size == wanted)
-        if not fits:
-            wanted_shape = ", ".join(["batch" if size is None else f"{size}" for size in self.sizes])
-            raise InputError(
-                f"input: `{where}` has shape {_shape(value)}, but the model was traced for ({wanted_shape}); bring it "
-                "to that size, or convert the model with example_inputs of the other one"
-            )
-        if value.dtype != self.dtype and not (self.dtype.is_floating_point and value.dtype.is_floating_point):
-            raise InputError(
-                f"input: `{where}` is {_kind(value.dtype)}, but was {_kind(self.dtype)} when the model was traced; "
-                "convert the model with example_inputs of that type"
-            )
-
-
-@dataclass(frozen=True)
-class ExpectedSetting:
-    """An input that is no tensor, and the value it must have."""
-
-    value: Any
-
-    def check(self, value: Any, where: str) -> None:
-        """Hold a setting against this.
-
-        Raises:
-            InputError: It has another value.
-        """
-        if not _same(value, self.value):
-            raise InputError(
-                f"input: `{where}` was {self.value!r} when the model was traced and cannot be {_told(value)}; convert "
-                "the model with example_inputs that hold this value"
-            )
 
 
 @dataclass(frozen=True)
@@ -96,6 +39,7 @@ class CallChecks:
         defaults: What an argument is if it is not given.
         expected: By argument, what the example held, in the order in which the graph takes them: an expectation, or
             a container of such.
+        arrays: Arrays by argument, which the graph does not take.
     """
 
     signature: inspect.Signature
@@ -103,6 +47,7 @@ class CallChecks:
     rest: str
     defaults: Mapping[str, Any]
     expected: Mapping[str, Any]
+    arrays: Mapping[str, ExpectedArray]
 
     def in_order(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The inputs in the order of the graph.
@@ -119,19 +64,21 @@ class CallChecks:
             self.signature.bind(*args, **kwargs)  # which says what is wrong, as Python does
         named.update(kwargs)
         inputs = []
-        for name, expected in self.expected.items():
+        arrays = {} if torch.compiler.is_compiling() and not named.keys() & self.arrays.keys() else self.arrays
+        for name, expected in {**self.expected, **arrays}.items():
             value = named.pop(name, self.defaults.get(name, _MISSING))
             optional = value is None and name in self.defaults and not isinstance(expected, ExpectedSetting)
             if value is _MISSING or optional:
                 self.signature.bind(*args, **kwargs)
                 raise InputError(f"input: `{name}` was given when the model was traced; give it, or convert without it")
             _check(value, expected, name)
-            inputs.append(value)
+            if name in self.expected:
+                inputs.append(value)
         for name, value in named.items():
-            if name not in self.defaults or not _same(value, self.defaults[name]):
+            if name not in self.defaults or not same(value, self.defaults[name]):
                 self.signature.bind(*args, **kwargs)
                 raise InputError(
-                    f"input: `{name}` was not given when the model was traced and cannot be {_told(value)}; convert "
+                    f"input: `{name}` was not given when the model was traced and cannot be {told(value)}; convert "
                     "the model with example_inputs that hold it"
                 )
         return inputs
@@ -147,12 +94,13 @@ class CallChecks:
         return [leaf for value, expected in inputs for leaf in _leaves(value, expected)]
 
 
-def checks_of(forward: Callable[..., Any], graph: fx.Graph) -> CallChecks:
+def checks_of(forward: Callable[..., Any], graph: fx.Graph, arrays: Mapping[str, Any]) -> CallChecks:
     """What calls of a traced model must be like.
 
     Args:
         forward: The user's, bound to the model.
         graph: What was traced of it.
+        arrays: What of its inputs the trace has built in, by argument.
     """
     codegen = graph._codegen
     assert isinstance(codegen, _PyTreeCodeGen)
@@ -168,6 +116,7 @@ def checks_of(forward: Callable[..., Any], graph: fx.Graph) -> CallChecks:
         next((each.name for each in plain if each.kind is inspect.Parameter.VAR_POSITIONAL), ""),
         {each.name: each.default for each in plain if each.default is not inspect.Parameter.empty},
         dict(zip(names, [*args, *kwargs.values()], strict=True)),
+        {name: ExpectedArray(array) for name, array in arrays.items()},
     )
 
 
@@ -194,7 +143,7 @@ def _expected(value: Any) -> ExpectedTensor | ExpectedSetting:
 
 def _check(value: Any, expected: Any, where: str) -> None:
     """Hold an input, which may be a container, against what is expected of it."""
-    if isinstance(expected, (ExpectedTensor, ExpectedSetting)):
+    if isinstance(expected, (ExpectedTensor, ExpectedSetting, ExpectedArray)):
         expected.check(value, where)
     elif isinstance(expected, Mapping) and isinstance(value, Mapping) and expected.keys() == value.keys():
         for key, part in expected.items():
@@ -222,25 +171,7 @@ def _leaves(value: Any, expected: Any) -> list[Any]:
     return tree_leaves(value)
 
 
-def _same(value: Any, wanted: Any) -> bool:
-    if value is wanted:
-        return True
-    return not isinstance(value, torch.Tensor) and type(value) is type(wanted) and bool(value == wanted)
-
-
-def _told(value: Any) -> str:
-    return f"a tensor of shape {_shape(value)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
-
-
 def _outline(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {', '.join(map(str, value))}"
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return "(" + ", ".join([f"{size}" for size in tensor.shape]) + ")"
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,9 +1,9 @@
 """What a converted model remembers of how it was made."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from idlefx.errors import InputError
 from idlefx.graph.notes import Layer
@@ -49,6 +49,7 @@ class Conversion:
             only. Empty if nothing has.
         weights: One number of every parameter, as it was.
         loss: What computes the loss of calls with labels; None if the trace has labels, or the model no such function.
+        numbers: Tensors of whole numbers in the example by argument, where its batch is the only one.
     """
 
     options: PlanOptions
@@ -64,6 +65,7 @@ class Conversion:
     custom_gradient: str = ""
     weights: tuple[float, ...] = ()
     loss: Loss | None = None
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 _MODEL_LIBRARIES = ("timm", "torchvision", "transformers", "einops")
 _INSTALLED = ("/site-packages/", "/dist-packages/")
+_GENERATED = (
+    "<string>", "<frozen", "<eval_with_key>", f"{Path(__file__).parents[1] / 'capture'}/",
+)  # fmt: skip  # code without a file, and what calls the user's model while it is traced
 
 
 def innermost(files: Sequence[str]) -> int | None:
@@ -20,7 +23,7 @@ def innermost(files: Sequence[str]) -> int | None:
         The place of the last file that belongs to no installed package; where there is none, of the last that
         belongs to no library which models are made of; else of the last outside torch; None if all is torch.
     """
-    outside_torch = [at for at, file in enumerate(files) if not _is_in(file, "torch")]
+    outside_torch = [at for at, file in enumerate(files) if not (_is_in(file, "torch") or file.startswith(_GENERATED))]
     of_packages = [at for at in outside_torch if not _is_in(files[at], *_MODEL_LIBRARIES)]
     own = [at for at in of_packages if not _is_installed(files[at])]
     return next((group[-1] for group in (own, of_packages, outside_torch) if group), None)
