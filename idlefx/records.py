@@ -45,13 +45,15 @@ class Block:
         parameters: Parameters that the block reads.
         tokens: N, tokens in the sequence; 0 where the token axis could not be followed.
         token_dim: Which dimension of the stream the tokens stand in; the first of them where they stand on a grid.
-        batch_dim: Which dimension of the stream the batch stands in; tokens may stand there too, where an image has
-            windows that are stacked in the batch and the attention is over all of them.
+        batch_dim: Which dimension of the stream the batch stands in; None where the stream is (N, C). Tokens may stand
+            there too, where an image has windows that are stacked in the batch and the attention is over all of them.
         grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
         over_image: Whether the sides of the grid are those of the image; False where the stream stands in windows.
         sequences: How many such sequences of tokens an image has: windows that stand in the batch, each of them as if
             it were an image.
         windows: How many windows the attention is over, and how many slots each has; empty where it is over all tokens.
+        segments: How many tokens each of the segments has that attention is over, one after the other, as where images
+            are packed into one sequence; empty where it is over all tokens, or over windows.
         partition: A digest of which token stands in which slot of which window; empty where there are none.
         prefix: Positions of the prefix tokens, which are always kept.
         class_token: Position of the class token, if there is one: read by the head, or the only prefix token.
@@ -74,11 +76,12 @@ class Block:
     parameters: int
     tokens: int = 0
     token_dim: int = 1
-    batch_dim: int = 0
+    batch_dim: int | None = 0
     grid: tuple[int, ...] = ()
     over_image: bool = True
     sequences: int = 1
     windows: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
     partition: str = ""
     prefix: tuple[int, ...] = ()
     class_token: int | None = None
@@ -104,7 +107,12 @@ class Block:
 
     @property
     def flat_dims(self) -> tuple[int, int]:
-        """Token and batch dimension of the stream once the sides of a grid are flattened into one dimension."""
+        """Token and batch dimension of the stream as a batch of sequences.
+
+        The sides of a grid are flattened into one dimension, and where the batch has none it gets one in front.
+        """
+        if self.batch_dim is None:
+            return self.token_dim + 1, 0
         if self.shares_batch:
             return self.token_dims[-1], self.batch_dim
         merged = len(self.token_dims) - 1
@@ -127,6 +135,8 @@ class Block:
         """How many tokens there are, and in which windows, in words."""
         if self.windows:
             return f"{self.tokens} in {self.windows[0]} x {self.windows[1]}"
+        if self.segments:
+            return f"{self.tokens} in {len(self.segments)} segments"
         return f"{self.tokens} in each of {self.sequences}" if self.sequences > 1 else str(self.tokens or "-")
 
     @property
@@ -202,6 +212,7 @@ class Step:
         joins: Whether what is decided here is which groups of the block before join.
         unit: What idles where attention is over windows: whole "windows", or "tokens" in each; `kept` and `tokens`
             count slots there. Empty elsewhere.
+        parts: K of each segment, where attention is over segments of the sequence; empty elsewhere.
     """
 
     block: int
@@ -214,6 +225,7 @@ class Step:
     opens: bool = True
     joins: bool = False
     unit: str = ""
+    parts: tuple[int, ...] = ()
 
     @property
     def idles(self) -> bool:
@@ -290,6 +302,8 @@ class Plan(Sequence[Step]):
 
     def _kept(self, step: Step) -> str:
         told = f"{step.kept} of {step.tokens}"
+        if step.parts:
+            return f"{told}, in {len(step.parts)} segments"
         if not step.unit:
             return told
         count, size = self.blocks[step.block].windows

@@ -33,7 +33,7 @@ from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.likeness import add_groups
 from idlefx.rewriting.rebuilder import Rebuilder
 from idlefx.rewriting.selector_head import Head
-from idlefx.rewriting.stage_tokens import StageTokens, WindowTokens
+from idlefx.rewriting.stage_tokens import StageTokens, stage_tokens
 from idlefx.runtime import following
 
 aten = torch.ops.aten
@@ -56,6 +56,7 @@ class _Stage:
 
     Attributes:
         block: The block that opens the stage.
+        step: What it does.
         tokens: How its tokens stand, and who of them follows whom.
         entry: What was averaged.
         positions: Positions of the workers among all tokens.
@@ -64,6 +65,7 @@ class _Stage:
     """
 
     block: Block
+    step: Step
     tokens: StageTokens
     entry: fx.Node
     positions: fx.Node
@@ -126,9 +128,8 @@ class _Chain:
         block, before = self.plan.blocks[step.block], self._begun[-1] if self._begun else None
         if before is not None:
             workers = before.workers(dense.walk)
-            add_groups(Head(self.graph, block, dense, stream, workers), workers.kept, step.kept)
-        standing = WindowTokens if step.unit else StageTokens
-        tokens = standing(self.graph, partial(self._add, block), block, step)
+            add_groups(Head(self.graph, block, dense, stream, workers), step, before.step)
+        tokens = stage_tokens(self.graph, partial(self._add, block), block, step, dense)
         index, _, order, leaders = tokens.groups
         positions, stand_for = only_made_for(self.graph, block.index, "index"), None
         if before is not None:
@@ -139,7 +140,7 @@ class _Chain:
         averages = self._add(block, following.average_groups, *given, name="averages", role="gather")
         sizes = self._add(block, operator.getitem, averages, 1, name="sizes", role="sizes")
         means = self._add(block, operator.getitem, averages, 0, name="means", role="gather")
-        self._begun.append(_Stage(block, tokens, entry, positions, means, sizes))
+        self._begun.append(_Stage(block, step, tokens, entry, positions, means, sizes))
         return tokens.in_row(means)
 
     def _restore(self, block: Block, stream: fx.Node) -> fx.Node:

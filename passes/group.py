@@ -5,7 +5,8 @@
    worker (B, I); notes tell them.
 2. Likeness is taken on what the block's attention projects; what the class token attends to is less likely to idle.
 3. Where attention is over windows, each of them is grouped as if it were an image; positions of workers among all
-   tokens, window by window, and places among these are told too.
+   tokens, window by window, and places among these are told too. So is each segment of a sequence that attention is
+   over.
 4. Nothing reads the groups yet, so nothing changes. Groups that join others need what these become: `follow` forms
    them.
 """
@@ -14,8 +15,8 @@ from torch import fx
 
 from idlefx.analysis.blocks import open_blocks
 from idlefx.records import Plan
+from idlefx.rewriting.heads import head_of
 from idlefx.rewriting.likeness import add_groups
-from idlefx.rewriting.window_head import head_of
 
 
 def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -25,5 +26,5 @@ def form_groups(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     blocks = [plan.blocks[step.block] for step in steps]
     for step, block, opened in zip(steps, blocks, open_blocks(graph, blocks), strict=True):
         with graph.inserting_before(opened.exit):
-            add_groups(head_of(graph, block, opened, step.unit), step.tokens, step.kept)
+            add_groups(head_of(graph, block, opened, step), step)
     return module

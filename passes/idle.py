@@ -1,6 +1,7 @@
 """Let tokens idle: run each planned block on the chosen tokens and write them back over the others.
 
-1. The chosen tokens are taken from the residual stream; where they stand on a grid, it is flattened first.
+1. The chosen tokens are taken from the residual stream; where they stand on a grid, it is flattened first, and where
+   it has no batch, it gets one.
 2. The block is copied onto them. What it reads by token position is taken at the same positions, and every size
    that counts tokens is written anew, both as `propagation` proved them.
 3. Where attention is over windows, the tokens are taken window by window, and what makes windows of them is a reshape.
@@ -11,24 +12,21 @@
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
 from idlefx.analysis.blocks import Opened, open_blocks
 from idlefx.analysis.edits import Rearrange
-from idlefx.analysis.subset import Subset
+from idlefx.analysis.subset import Subset, segments_of
 from idlefx.graph.build import add_call
 from idlefx.graph.notes import Made, Role, only_made_for
 from idlefx.graph.queries import remove_dead
 from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Plan, Step
 from idlefx.rewriting.rebuilder import Rebuilder
-from idlefx.rewriting.standard_order import in_one_dimension, in_row, on_grid, out_of_row
+from idlefx.rewriting.sequences import out_of_row, row_of, sequences_of, stream_of
 from idlefx.rewriting.told_layouts import rearranging
 from idlefx.runtime import gather_scatter, windows
-
-aten = torch.ops.aten
 
 
 def idle_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -54,14 +52,15 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
         told = Made(block.index, role)
         return add_call(graph, target, *args, name=begins + (name or role), like=like, note=told)
 
-    tokens = in_one_dimension(add, entry, block, role="gather")
+    tokens = sequences_of(add, entry, block, role="gather")
     over = opened.walk.windows
     padded = over is not None and over.partition.is_padded
     take: Any = windows.take_padded if padded else gather_scatter.take_tokens
     put: Any = windows.put_padded if padded else gather_scatter.put_tokens
-    gathered = in_row(add, add(take, tokens, index, *dims, role="gather"), block, role="gather")
+    gathered = row_of(add, add(take, tokens, index, *dims, role="gather"), block, role="gather")
     chosen = only_made_for(graph, block.index, "chosen") if step.unit else None
-    working = Subset(index, block.prefix, block.image_positions, step.kept, over, step.unit, chosen)
+    segments = segments_of(block.segments, step.parts)
+    working = Subset(index, block.prefix, block.image_positions, step.kept, over, step.unit, chosen, segments)
     before, walk = lay.stream(shape_of(entry), block.token_dims, block.batch_dim, block.grid), opened.walk
     if walk.apart:
         told = rearranging(working, Rearrange(entry, before, walk[entry]), gathered)
@@ -71,4 +70,4 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
         told = rearranging(working, Rearrange(opened.exit, walk[opened.exit], before), worked)
         worked = add(windows.rearrange, *told, role="work")
     worked = out_of_row(add, worked, block, role="work")
-    return on_grid(add, add(put, tokens, index, worked, *dims, place, role="scatter"), block, role="work")
+    return stream_of(add, add(put, tokens, index, worked, *dims, place, role="scatter"), block, role="work")

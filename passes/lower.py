@@ -7,7 +7,8 @@
 4. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
 5. Zeros or ones that are made like a tensor of the image are made like a parameter: they hold nothing of the image.
 6. A shape that is taken from another tensor of the image is written down: that tensor need not be made for it.
-7. What does not fit these rules stays, for `propagation` to accept or to refuse.
+7. A part of a dimension is a slice; equal pieces of one are pieces of plain sizes.
+8. What does not fit these rules stays, for `propagation` to accept or to refuse.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from torch import fx
 
 from idlefx.graph.build import add_call
 from idlefx.graph.memory import Memory
-from idlefx.graph.queries import image_data, remove_dead, tensor_argument
+from idlefx.graph.queries import argument, image_data, remove_dead, tensor_argument
 from idlefx.graph.sizes import follows_batch
 from idlefx.records import Plan
 from idlefx.rewriting.constants import free_constants
@@ -46,6 +47,10 @@ def lower_spellings(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
                 _replace(node, _reshaped(graph, node, data))
             elif node.target in _CONVERSIONS:
                 _replace(node, _unconverted(node))
+            elif node.target is aten.narrow.default:
+                _replace(node, _slice(graph, node))
+            elif node.target in (aten.chunk.default, aten.split.Tensor):
+                _replace(node, _pieces(graph, node))
             else:
                 _replace(node, _out_of_place(graph, node))
     remove_dead(graph)
@@ -77,6 +82,23 @@ def _reshaped(graph: fx.Graph, node: fx.Node, data: set[fx.Node]) -> fx.Node | N
     if x is like or like not in data or sizes.count(-1) > 1:
         return None
     return add_call(graph, aten.reshape.default, x, sizes, name="reshaped", like=node)
+
+
+def _slice(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    x, dim, start, length = node.args
+    size = tensor_argument(node, 0).meta["val"].shape[dim]
+    if not (isinstance(start, int) and isinstance(length, int)) or (start < 0 and follows_batch(size)):
+        return None
+    first = start % int(size) if start < 0 else start
+    return add_call(graph, aten.slice.Tensor, x, dim, first, first + length, name="slice", like=node)
+
+
+def _pieces(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    x, dim = tensor_argument(node, 0), argument(node, 2, "dim", 0)
+    sizes = [piece.shape[dim] for piece in node.meta["val"]]
+    if any(map(follows_batch, sizes)):
+        return None
+    return add_call(graph, aten.split_with_sizes.default, x, [*map(int, sizes)], dim, name="split", like=node)
 
 
 def _unconverted(node: fx.Node) -> fx.Node | None:

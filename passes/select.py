@@ -3,7 +3,8 @@
 1. A step that idles gets scores of all tokens (B, N), and of these its "index" (B, P + K), the positions of the tokens
    that work, and its "place" (B, N), where each token stands, first those that work; notes on the nodes tell them.
 2. If the plan lets no token return, the choice is made among the tokens that worked in the idling block before.
-3. Where attention is over windows, it is windows that are chosen, or tokens in each, and so positions of tokens.
+3. Where attention is over windows, it is windows that are chosen, or tokens in each, and so positions of tokens; where
+   it is over segments of the sequence, tokens in each.
 4. Nothing reads the positions yet, so nothing changes.
 """
 
@@ -11,9 +12,7 @@ from torch import fx
 
 from idlefx.analysis.blocks import open_blocks
 from idlefx.records import Plan
-from idlefx.rewriting.selector_head import Head
-from idlefx.rewriting.window_head import WindowHead
-from idlefx.runtime import ops
+from idlefx.rewriting.heads import head_of
 
 
 def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
@@ -24,12 +23,6 @@ def select_tokens(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
     blocks = [plan.blocks[step.block] for step in steps]
     for step, block, opened in zip(steps, blocks, open_blocks(graph, blocks), strict=True):
         with graph.inserting_before(opened.exit):
-            if step.unit:
-                WindowHead(graph, block, opened, step.unit).choose(step)
-                continue
-            head = Head(graph, block, opened)
-            given = (head.build(step), block.prefix, step.kept, *([] if before is None else [before]))
-            choice = head.add(ops.choose_tokens, *given, name="choice", role="choice")
-            index = head.tell(choice)
+            index = head_of(graph, block, opened, step).choose(step, before)
         before = None if plan.reselect else index
     return module

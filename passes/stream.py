@@ -23,11 +23,13 @@ def return_stream(module: fx.GraphModule, plan: Plan) -> fx.GraphModule:
         return module
     last = plan.blocks[-1]
     stream = by_name(graph)[last.exit]
-    leading = dict.fromkeys((last.batch_dim, *last.token_dims))
+    leading = dict.fromkeys(dim for dim in (last.batch_dim, *last.token_dims) if dim is not None)
     order = [*leading, *(dim for dim in range(stream.meta["val"].ndim) if dim not in leading)]
     with graph.inserting_before(output_of(graph)):
         if order != sorted(order):
             stream = add_call(graph, aten.permute.default, stream, order, name="stream", like=stream)
+        if last.batch_dim is None:
+            stream = add_call(graph, aten.unsqueeze.default, stream, 0, name="stream", like=stream)
         if last.shares_batch:
             sides = (last.batch_dim, [-1, last.grid[0]])
             stream = add_call(graph, aten.unflatten.int, stream, *sides, name="stream", like=stream)

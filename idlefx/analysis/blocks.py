@@ -21,7 +21,7 @@ from idlefx.analysis.macs import count_macs
 from idlefx.analysis.prefix_tokens import named_positions, prefix_positions
 from idlefx.analysis.projections import projection
 from idlefx.analysis.refusal import RefusedOperation
-from idlefx.analysis.subset import Subset
+from idlefx.analysis.subset import Subset, segments_of
 from idlefx.analysis.token_axis import Axes, attends_over_batch, find_axes, follow_block
 from idlefx.analysis.trunks import Trunk, find_trunks
 from idlefx.analysis.walk import Walk
@@ -61,7 +61,8 @@ def find_blocks(module: fx.GraphModule, prefix: int | Sequence[int] | None = Non
         raise BlockError(
             "blocks: all attention of the model is over a sequence whose length follows dimension 0 of the input, so "
             "the tokens of all images are packed into one; idlefx takes dimension 0 for the batch, so give the model "
-            f"one for images, as in (B, C, H, W) (at {source_line(cores[0].out)})"
+            "one for images, as in (B, C, H, W), or fix their sizes by giving their lengths as numpy arrays "
+            f"(at {source_line(cores[0].out)})"
         )
     trunks = find_trunks(flow, source, cores)
     if not trunks:
@@ -134,7 +135,9 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         return replace(block, refusal=str(refusal))
     tokens = math.prod(axes.grid or (stream[axes.tokens[0]],))
     windows = walk.windows
-    sequences = 1 if walk.shares_batch else _sequences(stream[axes.batch], image_input(trunk.entry.graph))
+    sequences = 1
+    if axes.batch is not None and not walk.shares_batch:
+        sequences = _sequences(stream[axes.batch], image_input(trunk.entry.graph))
     layout = walk[trunk.cores[0].query]
     block = replace(
         block,
@@ -145,6 +148,7 @@ def _block_of(flow: nx.DiGraph, trunk: Trunk, index: int, known: dict[fx.Node, f
         over_image=not (walk.apart or walk.shares_batch) and sequences == 1,
         sequences=sequences,
         windows=(windows.count, windows.size) if windows else (),
+        segments=walk.segments,
         partition=windows.digest if windows else "",
         prefix=_prefix(flow, trunk, axes, walk, known, prefix),
         width=next(size for d, size in enumerate(stream) if d not in (*axes.tokens, axes.batch)),
@@ -182,8 +186,6 @@ def _prefix(
 
 def _cannot_follow(walk: Walk, cores: Iterable[Core], whole_only: str) -> str:
     """Why no key can stand for several tokens; empty if it can."""
-    if walk.apart:
-        return "its stream itself stands in windows, where tokens can only rest yet"
     if whole_only:
         return f"only whole windows can idle there, which rest: {whole_only}"
     try:
@@ -217,9 +219,13 @@ def _cannot_be_cut(walk: Walk, block: Block, unit: str = "windows") -> str:
         return "it has no image tokens to choose from"
     if walk.windows and block.prefix:
         return "its attention is over windows, of which none holds prefix tokens; leave prefix= away"
+    if block.segments and block.prefix:
+        return "its attention is over segments of the sequence, which keep no prefix tokens; prefix=0 lets all idle"
     if unit == "tokens" and walk.windows and walk.windows.partition.is_padded:
         return "its windows are padded, and hold different numbers of tokens"
-    subset = Subset(None, block.prefix, block.image_positions, 1, walk.windows, unit)
+    segments = segments_of(block.segments, [1] * len(block.segments))
+    kept = len(segments) or 1
+    subset = Subset(None, block.prefix, block.image_positions, kept, walk.windows, unit, segments=segments)
     try:
         for node, edits in walk.edits.items():
             for edit in edits:

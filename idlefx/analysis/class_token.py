@@ -74,7 +74,7 @@ def read_by_head(after: Iterable[fx.Node], stream: fx.Node, layout: Layout) -> l
         stream: The exit of the last block.
         layout: Its layout.
     """
-    walk = Walk({stream: layout})
+    walk = Walk({stream: layout}, has_batch=any(lay.has(dim, "batch") for dim in layout))
     reads: list[set[int]] = []
     for node in after:
         own = [i for i in node.all_input_nodes if i in walk]

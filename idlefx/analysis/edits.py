@@ -30,14 +30,14 @@ class Read:
         operand: The node, mostly one from outside the region.
         axes: Where the tokens stand in the output.
         rank: Rank of the output that the operand is broadcast to.
-        batch_dim: Where the output's batch stands.
+        batch_dim: Where the output's batch stands; None without one.
         copies: How many entries of that dimension belong to one image, where heads are merged into the batch.
     """
 
     operand: fx.Node
     axes: tuple[Axis, ...]
     rank: int
-    batch_dim: int
+    batch_dim: int | None
     copies: int = 1
 
 

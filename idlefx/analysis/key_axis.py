@@ -24,8 +24,9 @@ class KeyAxis:
         logits: The node that takes the logits: the attention, or its softmax where it is spelled out.
         rank: How many dimensions the logits have.
         dim: That of the keys.
-        batch_dim: That of the batch.
+        batch_dim: That of the batch; None without one.
         copies: How many entries of it belong to one image, where heads are merged into the batch.
+        segment: First and last token, exclusive, where the keys are a segment of the sequence; empty elsewhere.
         layout: Where attention is over windows, what the dimensions hold of images, windows and keys, and of features
             beside these; empty elsewhere.
     """
@@ -33,9 +34,10 @@ class KeyAxis:
     logits: fx.Node
     rank: int
     dim: int
-    batch_dim: int
+    batch_dim: int | None
     copies: int
     layout: Layout = ()
+    segment: tuple[int, ...] = ()
 
 
 def key_axis(walk: Walk, core: Core) -> KeyAxis:
@@ -55,16 +57,19 @@ def key_axis(walk: Walk, core: Core) -> KeyAxis:
             refuse(node, "is causal, and takes no other mask, so no key can stand for several tokens")
     keys, windows = layout[dim], walk.windows
     if windows is None:
-        whole = lay.is_tokens(keys) and keys[0].runs == ((0, keys[0].size),)
+        whole = lay.is_tokens(keys) and (keys[0].runs == ((0, keys[0].size),) or bool(walk.segments))
     else:
         whole = lay.partition_of(keys) == windows.partition and lay.sides_of(keys) == windows.slots
     if not whole:
         refuse(node, "attends to a part of the tokens or in another order, so no key can stand for several tokens")
     batch_dim = next((d for d, each in enumerate(layout) if each and each[0].role == "batch"), None)
+    segment = keys[0].runs[0] if walk.segments else ()
+    if batch_dim is None and not walk.has_batch:
+        return KeyAxis(node, len(layout), dim, None, 1, segment=segment)
     if batch_dim is None or (windows is None and lay.has(layout[batch_dim], "tokens")):
         refuse(node, "has no axis for the images in its logits, so no key can stand for several tokens")
     told = () if windows is None else _beside_keys(node, layout, dim, windows)
-    return KeyAxis(node, len(layout), dim, batch_dim, lay.size(layout[batch_dim][1:]), told)
+    return KeyAxis(node, len(layout), dim, batch_dim, lay.size(layout[batch_dim][1:]), told, segment)
 
 
 def _beside_keys(node: fx.Node, layout: Layout, keys: int, windows: Windows) -> Layout:

@@ -64,13 +64,14 @@ def sides(grid: Sequence[int]) -> tuple[Dim, ...]:
     return tuple((Factor(size, "tokens", runs, sizes, side),) for side, size in enumerate(sizes))
 
 
-def stream(shape: list[int], token_dims: Sequence[int], batch_dim: int, grid: Sequence[int] = ()) -> Layout:
+def stream(shape: list[int], token_dims: Sequence[int], batch_dim: int | None, grid: Sequence[int] = ()) -> Layout:
     """The layout of a residual stream: batch, features, and tokens in one dimension or, on a grid, in several.
 
     Args:
         shape: Its sizes.
         token_dims: Where the tokens stand, from the outermost side of a grid on.
-        batch_dim: Where the batch stands; a side of the grid may stand in that dimension too, inside the batch.
+        batch_dim: Where the batch stands; a side of the grid may stand in that dimension too, inside the batch. None
+            without one, so that no factor stands for it.
         grid: Sizes of the sides; those of their dimensions if not told.
     """
     sizes = grid or [shape[d] for d in token_dims]

@@ -99,15 +99,16 @@ def projection(walk: Walk, node: fx.Node, *, up_to_scale: bool = False) -> Proje
     if features is None or not same or not all(stream_source(walk, i) for i in current.all_input_nodes if i in walk):
         return None
     images = math.prod(f.size for dim in walk[node] for f in dim if f.role == "batch")
-    if images % FREE_BATCH:
+    if walk.has_batch and images % FREE_BATCH:
         return None  # the batch is fixed
+    batch = SMALL_BATCH * images // FREE_BATCH if walk.has_batch else 1
     shape = shape_of(current, SMALL_BATCH)
     numbers: Any = torch.arange(shape[features]).view(-1, *(1,) * (-1 - features)).expand(shape)
     for step in reversed(path):
         args, kwargs = _with_numbers(step, numbers)
         view: Any = step.target
         numbers = _FREE.get(view, view)(*args, **kwargs)
-    rows = _pattern(current, _by_token(numbers, walk[node], SMALL_BATCH * images // FREE_BATCH))
+    rows = _pattern(current, _by_token(numbers, walk[node], batch))
     return rows and replace(rows, factor=factor)
 
 
@@ -136,7 +137,7 @@ def _features_dim(layer: fx.Node, layout: Layout) -> int | None:
         if any(f.partition for dim in layout for f in dim):
             alone = not layout[-1][0].role and all(f.role for dim in layout[:-1] for f in dim)
             return -1 if alone else None
-        return -1 if roles in (["batch", "tokens", ""], ["tokens", "batch", ""]) else None
+        return -1 if roles in (["batch", "tokens", ""], ["tokens", "batch", ""], ["tokens", ""]) else None
     return -3 if roles == ["batch", "", "tokens"] and argument(layer, 6, "groups", 1) == 1 else None
 
 

@@ -34,8 +34,9 @@ def follow(nodes: Iterable[fx.Node], known: Mapping[fx.Node, Layout], *, moves: 
     """
     partition = next((f.partition for layout in known.values() for dim in layout for f in dim if f.partition), None)
     grid = next(map(lay.grid_of, known.values()), ()) if partition is None else partition.sides
+    has_batch = any(lay.has(dim, "batch") for layout in known.values() for dim in layout)
     shares_batch = any(map(lay.shares_batch, known.values()))
-    walk = Walk(dict(known), grid=grid, apart=partition is not None, shares_batch=shares_batch)
+    walk = Walk(dict(known), grid=grid, apart=partition is not None, shares_batch=shares_batch, has_batch=has_batch)
     region = list(nodes)
     for node in region:
         walk.layouts[node] = layout_of(walk, node) if moves else rule_of(node)(walk, node)

@@ -1,7 +1,11 @@
 """Which tokens are there, and whether an edit can be made on them."""
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -17,6 +21,14 @@ aten = torch.ops.aten
 Told = tuple[tuple[str, int], ...]
 
 
+class Segment(NamedTuple):
+    """Tokens `start … stop` of a sequence that attention is over, and how many of its free ones are there."""
+
+    start: int
+    stop: int
+    kept: int
+
+
 @dataclass(frozen=True)
 class Subset:
     """Which tokens are there, and where in the graph their positions are known.
@@ -29,6 +41,7 @@ class Subset:
         windows: What the attention is over, where it is over windows; the tokens stand in their order.
         unit: What of them idles: whole "windows", or "tokens" in each.
         chosen: Node of the windows (B, K) or, window by window, of the slots (B * windows, K) that work.
+        segments: Where attention is over segments of the sequence, these; `kept` is the sum over them.
     """
 
     index: fx.Node | None
@@ -38,14 +51,18 @@ class Subset:
     windows: Windows | None = None
     unit: str = "windows"
     chosen: fx.Node | None = None
+    segments: tuple[Segment, ...] = ()
 
     def count(self, node: fx.Node, runs: Runs) -> int:
         """How many tokens of the runs are there."""
-        fixed = sum(a <= p < b for p in self.fixed for a, b in runs)
-        free = sum(a <= p < b for p in self.free for a, b in runs)
-        if self.kept and free not in (0, len(self.free)):
-            refuse(node, "cuts the image tokens apart at a place that moves when some of them idle")
-        return fixed + (self.kept if free else 0)
+        count = sum(_between(self.fixed, start, stop) for start, stop in runs)
+        for segment in self.segments or (Segment(0, len(self.fixed) + len(self.free), self.kept),):
+            free = _between(self.free, segment.start, segment.stop)
+            cut = sum(_between(self.free, max(a, segment.start), min(b, segment.stop)) for a, b in runs)
+            if segment.kept and cut not in (0, free):
+                refuse(node, "cuts the image tokens apart at a place that moves when some of them idle")
+            count += segment.kept if cut else 0
+        return count
 
     def size(self, node: fx.Node, factor: Factor) -> int:
         """How many entries a factor of a dimension has then, the batch left as it is.
@@ -138,3 +155,19 @@ class Subset:
         else:
             refuse(node, "reads by position where windows or slots share a dimension with something else")
         return tuple(told)
+
+
+def _between(positions: tuple[int, ...], start: int, stop: int) -> int:
+    """How many of some ascending positions stand at `start … stop`."""
+    return max(0, bisect_left(positions, stop) - bisect_left(positions, start))
+
+
+def segments_of(lengths: Sequence[int], kept: Sequence[int]) -> tuple[Segment, ...]:
+    """Segments that follow one another.
+
+    Args:
+        lengths: How many tokens each has.
+        kept: How many of them are there.
+    """
+    ends = accumulate(lengths)
+    return tuple(Segment(end - size, end, few) for end, size, few in zip(ends, lengths, kept, strict=True))

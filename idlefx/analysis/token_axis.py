@@ -12,6 +12,7 @@ from idlefx.analysis.image_input import image_input
 from idlefx.analysis.movement import MOVES
 from idlefx.analysis.propagation import follow, follow_windows
 from idlefx.analysis.refusal import RefusedMovement, RefusedOperation, refuse
+from idlefx.analysis.segments import segment_lengths
 from idlefx.analysis.trunks import Trunk
 from idlefx.analysis.walk import Walk
 from idlefx.graph.queries import leaks, source_line
@@ -23,12 +24,12 @@ class Axes(NamedTuple):
 
     Attributes:
         tokens: Those of the tokens, from the outermost side of a grid, such as its rows, to the innermost.
-        batch: That of the batch.
+        batch: That of the batch; None where the stream is that of one image, or of several that are packed.
         grid: Sizes of the sides of the grid; empty where the tokens stand in one dimension.
     """
 
     tokens: tuple[int, ...]
-    batch: int
+    batch: int | None
     grid: tuple[int, ...] = ()
 
 
@@ -42,7 +43,7 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
     Raises:
         RefusedOperation: There are none, or something inside the block is read outside.
     """
-    if len(shape_of(trunk.entry)) not in (3, 4, 5):
+    if len(shape_of(trunk.entry)) not in (2, 3, 4, 5):
         raise RefusedOperation(
             f"the residual stream has {len(shape_of(trunk.entry))} dimensions instead of batch, tokens and features, "
             f"or batch, two or three sides of a grid, and features (at {source_line(trunk.entry)})"
@@ -80,7 +81,9 @@ def follow_block(nodes: list[fx.Node], entry: fx.Node, layout: lay.Layout, cores
         RefusedOperation: By the rules, unless it can be said what is wrong with the movement.
     """
     try:
-        return follow(nodes, {entry: layout})
+        walk = follow(nodes, {entry: layout})
+        walk.segments = segment_lengths(walk, layout, cores)
+        return walk
     except RefusedOperation as refusal:
         first = refusal
     if lay.shares_batch(layout):  # windows there are images of their own, which another layout of the stream says
@@ -123,7 +126,9 @@ def _possible(stream: fx.Node) -> Iterator[Axes]:
     """
     shape, sizes = stream.meta["val"].shape, shape_of(stream)
     symbolic = [d for d, size in enumerate(shape) if follows_batch(size)]
-    if len(shape) == 3:
+    if len(shape) == 2:
+        yield Axes((0,), None)
+    elif len(shape) == 3:
         for batch in symbolic or [0, 1]:
             yield from (Axes((d,), batch) for d in [d for d in range(2) if d != batch] + [2])
         windows, rest = divmod(sizes[0], shape_of(image_input(stream.graph))[0])

@@ -26,6 +26,8 @@ class Walk:
         apart: Whether the sides of that grid are windows and their slots, and so stand apart in all that is found.
         shares_batch: Whether the first side of that grid stands in the dimension of the batch.
         windows: What the attention is over, where it is over windows.
+        segments: How many tokens each segment of the sequence has, where the attention is over such.
+        has_batch: Whether the batch has a dimension of the stream.
     """
 
     layouts: dict[fx.Node, Any]
@@ -34,6 +36,8 @@ class Walk:
     apart: bool = False
     shares_batch: bool = False
     windows: Windows | None = None
+    segments: tuple[int, ...] = ()
+    has_batch: bool = True
 
     def __getitem__(self, node: Any) -> Layout:
         layout: Layout = self.layouts[node]
@@ -129,9 +133,9 @@ def read_by_position(walk: Walk, node: fx.Node, operand: fx.Node, output: Layout
         walk.edit(node, ReadPlaces(operand, output, tuple(places), operand in walk))
     if axes:
         batch = next((d for d, dim in enumerate(output) if dim and dim[0].role == "batch"), None)
-        if batch is None or lay.has(output[batch], "tokens"):
+        if walk.has_batch and (batch is None or lay.has(output[batch], "tokens")):
             refuse(node, f"reads `{operand.name}` by position where the batch has no axis of its own")
-        copies = lay.size(output[batch][1:])
+        copies = 1 if batch is None else lay.size(output[batch][1:])
         walk.edit(node, Read(operand, tuple(axes.values()), rank, batch, copies))
 
 

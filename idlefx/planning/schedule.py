@@ -47,6 +47,12 @@ def rounded_tokens(kept: int, block: Block, multiple_of: int) -> int:
     return min(block.image_tokens, kept + -(kept + len(block.prefix)) % multiple_of)
 
 
+def kept_parts(ratio: float, block: Block, multiple_of: int) -> tuple[int, ...]:
+    """K of each segment that attention is over, each raised to a multiple where it has as many tokens."""
+    each = [(kept_tokens(ratio, size), size) for size in block.segments]
+    return tuple(min(size, kept + -kept % multiple_of) for kept, size in each)
+
+
 def _check_layers(blocks: BlockTable, options: PlanOptions) -> None:
     for index in options.layers:
         if not 0 <= index < len(blocks):
@@ -79,6 +85,9 @@ def _step(blocks: BlockTable, index: int, ratio: float, options: PlanOptions) ->
     if unit:
         kept = kept_slots(ratio, block, unit, options.multiple_of)
         return Step(index, block.path, ratio, kept, math.prod(block.windows), name, form, unit=unit)
+    if block.segments:
+        parts = kept_parts(ratio, block, options.multiple_of)
+        return Step(index, block.path, ratio, sum(parts), block.image_tokens, name, form, parts=parts)
     kept = rounded_tokens(kept_tokens(ratio, block.image_tokens), block, options.multiple_of)
     return Step(index, block.path, ratio, kept, block.image_tokens, name, form)
 
@@ -125,7 +134,7 @@ def continues(blocks: BlockTable, before: int, block: int) -> bool:
     """Whether a block takes up the very stream that the block before leaves, with the same tokens and windows in it."""
 
     def tokens(b: Block) -> tuple[object, ...]:
-        return b.tokens, b.grid, b.windows, b.partition, b.prefix, b.token_dim, b.batch_dim, b.width
+        return b.tokens, b.grid, b.windows, b.segments, b.partition, b.prefix, b.token_dim, b.batch_dim, b.width
 
     return (
         block == before + 1
@@ -136,8 +145,11 @@ def continues(blocks: BlockTable, before: int, block: int) -> bool:
 
 def fits(plan: Plan, blocks: BlockTable) -> bool:
     """Whether a plan can be carried out on blocks other than those it was made for, such as those of train mode."""
-    same = [(b.tokens, b.prefix) for b in blocks] == [(b.tokens, b.prefix) for b in plan.blocks]
-    return same and all(
+
+    def tokens(b: Block) -> tuple[object, ...]:
+        return b.tokens, b.prefix, b.segments
+
+    return [*map(tokens, blocks)] == [*map(tokens, plan.blocks)] and all(
         blocks[step.block].can_idle
         and ((step.opens and not step.joins) or continues(blocks, step.block - 1, step.block))
         for step in plan
@@ -159,6 +171,11 @@ def _check_pruning(plan: Plan) -> None:
         if before is not None:
             last = plan.blocks[before.block]
             what = f"block {block.index} ({block.path or 'no path'})"
+            if block.segments != last.segments:
+                raise PlanError(
+                    f"plan: with reselect=False {what} must attend over the segments of block {last.index}, but "
+                    f"{_segments(block)} where that {_segments(last)}; let tokens return, with reselect=True"
+                )
             if (block.tokens, block.prefix) != (last.tokens, last.prefix):
                 raise PlanError(
                     f"plan: with reselect=False {what} must have the tokens of block {last.index}, but it has "
@@ -172,6 +189,10 @@ def _check_pruning(plan: Plan) -> None:
                     f"left after block {last.index}; {remedy}, or let tokens return, with reselect=True"
                 )
         before = step if step is not None and step.idles else before
+
+
+def _segments(block: Block) -> str:
+    return f"has {len(block.segments)}" if block.segments else "has none"
 
 
 def _resolve(block: Block, selector: str) -> str:

@@ -50,8 +50,10 @@ def read_images(
     size = facts.image_size
     if isinstance(images, Tensor):
         mean, std = _statistics(facts)
+        wanted = ", ".join(map(str, size))
+        if len(size) != 3:
+            raise InputError(f"images: the model takes no images (B, C, H, W), but inputs of shape (B, {wanted})")
         if images.ndim != 4 or images.shape[1:] != tuple(size):
-            wanted = ", ".join(map(str, size))
             raise InputError(f"images: expected shape (B, {wanted}), got {tuple(images.shape)}")
         for image in images.cpu():
             shown = image / 255 if image.dtype == torch.uint8 else image.float() * std + mean

@@ -1,16 +1,20 @@
 """Group tokens: by what the attention sees of them, and what the class token makes of them."""
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from idlefx.analysis import layouts as lay
-from idlefx.analysis.layouts import Dim, Layout
+from idlefx.analysis.layouts import Dim, Factor, Layout
 from idlefx.analysis.movement import MOVES
 from idlefx.analysis.standing import places, token_count, token_sides
 from idlefx.graph.queries import carries_tensors
 from idlefx.graph.sizes import shape_of
+from idlefx.records import Step
 from idlefx.rewriting.selector_head import Head
 from idlefx.runtime import following, nearest, ops
+from idlefx.runtime.segments import group_in_segments, runs_of
 
 aten = torch.ops.aten
 
@@ -25,19 +29,27 @@ _ARITHMETIC = {
     aten.expand_as.default, aten.to.dtype, aten._to_copy.default, aten.contiguous.default,
 }  # fmt: skip
 
+_ONE_IMAGE = (Factor(1, "batch"),)
 
-def add_groups(head: Head, tokens: int, kept: int) -> None:
+
+def add_groups(head: Head, step: Step, before: Step | None = None) -> None:
     """Form groups at a block.
 
     Args:
         head: That of the block.
-        tokens: Image tokens there are.
-        kept: K, those of them that work.
+        step: What it does.
+        before: The step whose groups join; None where they are formed of all tokens.
     """
-    tokens, kept = tokens // head.parts, kept // head.parts
-    evidence = (normalised_input(head), class_logits(head))
-    told = (*evidence, head.prefix, kept, nearest.anchors(tokens, kept))
-    head.tell(head.add(following.group_tokens, *told, name="groups", role="choice"), "order", "leaders")
+    form: Any = following.group_tokens
+    told: tuple[Any, ...]
+    if step.parts:
+        lengths = head.block.segments if before is None else before.parts
+        form, told = group_in_segments, (normalised_input(head), runs_of(lengths, step.parts))
+    else:
+        tokens, kept = (step.tokens if before is None else before.kept) // head.parts, step.kept // head.parts
+        evidence = (normalised_input(head), class_logits(head))
+        told = (*evidence, head.prefix, kept, nearest.anchors(tokens, kept))
+    head.tell(head.add(form, *told, name="groups", role="choice"), "order", "leaders")
 
 
 def normalised_input(head: Head) -> fx.Node:
@@ -75,6 +87,8 @@ def _is_per_feature(operand: fx.Node, layout: Layout) -> bool:
 
 def _tokens_first(head: Head, stream: fx.Node, layout: Layout) -> fx.Node:
     """Something laid out in any order as (B, N, C)."""
+    if not any(lay.has(dim, "batch") for dim in layout):
+        return _tokens_first(head, head.add(aten.unsqueeze.default, stream, 0, name="batch"), (_ONE_IMAGE, *layout))
     order = _order(layout)
     if order != list(range(len(order))):
         stream = head.add(aten.permute.default, stream, order, name="x")

@@ -165,6 +165,9 @@ class Rebuilder:
 
     def _read_along(self, node: fx.Node, table: fx.Node, edit: Read, axis: Axis) -> fx.Node:
         index = self._index(node, axis.runs)
+        if edit.batch_dim is None:
+            index = self._add(aten.squeeze.dim, index, 0, name="places", like=node)
+            return self._add(aten.index_select.default, table, axis.dim, index, name="read", like=node)
         if edit.copies > 1:
             index = self._add(aten.repeat_interleave.self_int, index, edit.copies, 0, name="copies", like=node)
         if axis.grid:

@@ -87,6 +87,11 @@ class Head:
             )
         return scores
 
+    def choose(self, step: Step, among: fx.Node | None) -> fx.Node:
+        """Insert the choice of a step, among all tokens or those at positions; gives the positions of what works."""
+        given = (self.build(step), self.block.prefix, step.kept, *([] if among is None else [among]))
+        return self.tell(self.add(ops.choose_tokens, *given, name="choice", role="choice"))
+
     @property
     def score_count(self) -> int:
         """How many tokens are scored together."""
@@ -200,6 +205,8 @@ class Head:
         out = self.add(aten.unflatten.int, out, 2, features, name="split")
         token_dim = self._token_dim(rows)
         order, next_feature, roles = [], 2, ["tokens", "batch"] if token_dim == 0 else ["batch", "tokens"]
+        if not self.walk.has_batch:
+            out, next_feature, roles = self.add(aten.squeeze.dim, out, 0, name="one"), 1, ["tokens"]
         for dim in layout:
             order.append(roles.index(dim[0].role) if dim[0].role else next_feature)
             next_feature += not dim[0].role
@@ -265,10 +272,14 @@ class Head:
 
     def _features_last(self, rows: Projection, tokens: fx.Node) -> fx.Node:
         """What a projection is made of, for any tokens: these in one dimension, and the features in the last."""
+        if not self.walk.has_batch:
+            return self.add(aten.unsqueeze.default, tokens, 0, name="batch")
         tokens = flattened(self.add, tokens, self.walk[self._source(rows)])
         return self.add(aten.transpose.int, tokens, 1, 2, name="tokens") if rows.convolves else tokens
 
     def _token_dim(self, rows: Projection) -> int:
+        if not self.walk.has_batch:
+            return 1
         return 0 if self.walk[self._source(rows)][0][0].role == "tokens" else 1
 
     def _one_token(self, rows: Projection, selector: str) -> fx.Node:
@@ -276,7 +287,7 @@ class Head:
         position, dim = self.class_token, self._token_dim(rows)
         if selector != "class" or position is None:
             one = self.add(ops.mean_tokens, self._all_tokens(rows), self.prefix, dim, name="mean")
-        elif self._is_nested():
+        elif self._is_nested() or not self.walk.has_batch:
             one = self.add(aten.slice.Tensor, self._all_tokens(rows), dim, position, position + 1, name="one")
         else:
             one = self._class_token(rows.linear.all_input_nodes[0])

@@ -6,13 +6,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from idlefx.analysis import layouts as lay
+from idlefx.analysis.blocks import Opened
+from idlefx.analysis.edits import Rearrange
 from idlefx.analysis.key_axis import KeyAxis
-from idlefx.analysis.subset import Subset
+from idlefx.analysis.layouts import Layout
+from idlefx.analysis.subset import Subset, segments_of
 from idlefx.analysis.walk import Walk
 from idlefx.graph.notes import Role, only_made_for
+from idlefx.graph.sizes import shape_of
 from idlefx.records import Block, Step
-from idlefx.rewriting.standard_order import in_one_dimension, in_row, on_grid, out_of_row
-from idlefx.rewriting.told_layouts import products
+from idlefx.rewriting.sequences import out_of_row, row_of, sequences_of, stream_of
+from idlefx.rewriting.told_layouts import products, rearranging
 from idlefx.runtime import following, windows
 
 aten = torch.ops.aten
@@ -36,6 +41,7 @@ class StageTokens:
 
     def __init__(self, graph: fx.Graph, add: Add, block: Block, step: Step) -> None:
         self.add, self.block, self.kept, self.few = add, block, step.kept, step.joins
+        self.segments = segments_of(block.segments, step.parts)
         self.groups = [only_made_for(graph, block.index, role) for role in self.roles]
 
     @property
@@ -45,7 +51,7 @@ class StageTokens:
 
     def apart(self, stream: fx.Node) -> fx.Node:
         """All tokens, as groups are made of them."""
-        return (out_of_row if self.few else in_one_dimension)(self.add, stream, self.block, role="gather")
+        return (out_of_row if self.few else sequences_of)(self.add, stream, self.block, role="gather")
 
     def from_row(self, stream: fx.Node) -> fx.Node:
         """A stream of those that work, as the means of groups."""
@@ -53,21 +59,24 @@ class StageTokens:
 
     def in_row(self, means: fx.Node) -> fx.Node:
         """The means of groups, as a stream of those that work."""
-        return in_row(self.add, means, self.block, role="gather")
+        return row_of(self.add, means, self.block, role="gather")
 
     def whole(self, tokens: fx.Node) -> fx.Node:
         """All tokens, as their stream."""
-        return on_grid(self.add, tokens, self.block, role="work")
+        return stream_of(self.add, tokens, self.block, role="work")
 
     def subset(self, positions: fx.Node, walk: Walk) -> Subset:
         """Those that work, at these positions, for one block of the stage."""
         del walk
-        return Subset(positions, self.block.prefix, self.block.image_positions, self.kept)
+        return Subset(positions, self.block.prefix, self.block.image_positions, self.kept, segments=self.segments)
 
     def term(self, axis: KeyAxis, walk: Walk) -> tuple[Any, ...]:
         """What makes the term that is added to the logits of a key, and what that is told besides sizes and queries."""
-        del walk
-        return following.size_term, axis.rank, axis.dim, axis.batch_dim, axis.copies
+        told = (following.size_term, axis.rank, axis.dim, axis.batch_dim, axis.copies)
+        if not axis.segment:
+            return told
+        first, last = (self.subset(self.groups[0], walk).count(axis.logits, ((0, end),)) for end in axis.segment)
+        return *told, (first, last)
 
 
 class WindowTokens(StageTokens):
@@ -129,3 +138,49 @@ class WindowTokens(StageTokens):
         if order == [0, 1, 2]:
             return tokens
         return self.add(aten.permute.default, tokens, order, name="permuted", role=role)
+
+
+class ApartTokens(WindowTokens):
+    """Tokens of a stream that itself stands in windows: those that work stand in windows too."""
+
+    def __init__(self, graph: fx.Graph, add: Add, block: Block, step: Step, dense: Opened) -> None:
+        super().__init__(graph, add, block, step)
+        self._positions, self._dense = only_made_for(graph, block.index, "index"), dense
+
+    def from_row(self, stream: fx.Node) -> fx.Node:
+        """A stream of those that work, as the means of groups (B * windows, K, C)."""
+        in_windows, row = self._layouts
+        return super().from_row(self._rearranged(stream, in_windows, row, "work"))
+
+    def in_row(self, means: fx.Node) -> fx.Node:
+        """The means of groups, as a stream that stands in windows."""
+        in_windows, row = self._layouts
+        return self._rearranged(super().in_row(means), row, in_windows, "gather")
+
+    @property
+    def _layouts(self) -> tuple[Layout, Layout]:
+        entry = self._dense.entry
+        row = lay.stream(shape_of(entry), self.block.token_dims, self.block.batch_dim, self.block.grid)
+        return self._dense.walk[entry], row
+
+    def _rearranged(self, tokens: fx.Node, before: Layout, after: Layout, role: Role) -> fx.Node:
+        workers = self.subset(self._positions, self._dense.walk)
+        told = rearranging(workers, Rearrange(self._dense.entry, before, after), tokens)
+        return self.add(windows.rearrange, *told, name="rearranged", role=role)
+
+
+def stage_tokens(graph: fx.Graph, add: Add, block: Block, step: Step, dense: Opened) -> StageTokens:
+    """How the tokens of a stage stand, which a block opens.
+
+    Args:
+        graph: The graph, in which it is told already who follows whom.
+        add: Inserts calls.
+        block: The block.
+        step: What it does.
+        dense: The same block, as nodes.
+    """
+    if not step.unit:
+        return StageTokens(graph, add, block, step)
+    if dense.walk.apart:
+        return ApartTokens(graph, add, block, step, dense)
+    return WindowTokens(graph, add, block, step)

@@ -27,11 +27,6 @@ from idlefx.runtime import ops, windows
 aten = torch.ops.aten
 
 
-def head_of(graph: fx.Graph, block: Block, opened: Opened, unit: str) -> Head:
-    """The head of a block, over windows or not; `unit` is empty where it is not."""
-    return WindowHead(graph, block, opened, unit) if unit else Head(graph, block, opened)
-
-
 class WindowHead(Head):
     """The selector head of a block whose attention is over windows.
 
@@ -48,14 +43,15 @@ class WindowHead(Head):
         self.windows: Windows = opened.walk.windows
         self.unit = unit
 
-    def choose(self, step: Step) -> None:
+    def choose(self, step: Step, among: fx.Node | None) -> fx.Node:
         """Insert the choice: what works, the positions of its tokens, and the place of every token among them."""
+        assert among is None, "a plan lets all windows be chosen anew"
         by_window, (count, size) = self.unit == "windows", (self.windows.count, self.windows.size)
         scores = self.build(step)
         if by_window:
             scores = self.add(windows.window_scores, scores, self._where, name="window_scores")
         kept = step.kept // (size if by_window else count)
-        self.tell(self.add(ops.choose_tokens, scores, (), kept, name="choice", role="choice"))
+        return self.tell(self.add(ops.choose_tokens, scores, (), kept, name="choice", role="choice"))
 
     def tell(self, choice: fx.Node, *further: Role) -> fx.Node:
         """Insert what a choice of windows, or of slots in each, consists of, and what that means for tokens."""

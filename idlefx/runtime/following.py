@@ -95,7 +95,15 @@ def average_groups(
     return means.to(x.dtype).movedim((0, 1), (batch_dim, dim)), sizes
 
 
-def size_term(sizes: Tensor, like: Tensor, rank: int, dim: int, batch_dim: int, copies: int = 1) -> Tensor:
+def size_term(
+    sizes: Tensor,
+    like: Tensor,
+    rank: int,
+    dim: int,
+    batch_dim: int | None,
+    copies: int = 1,
+    part: tuple[int, int] | None = None,
+) -> Tensor:
     """What is added to the logits of a key that stands for several: the logarithm of how many.
 
     Args:
@@ -103,11 +111,16 @@ def size_term(sizes: Tensor, like: Tensor, rank: int, dim: int, batch_dim: int, 
         like: Queries, whose type it has.
         rank: Of the logits.
         dim: Their dimension of the keys.
-        batch_dim: Their dimension of the batch.
+        batch_dim: Their dimension of the batch; None without one.
         copies: How many entries of that dimension belong to one image, where heads are merged into the batch.
+        part: Which of the workers the keys are, from the first to behind the last; all if None.
     """
+    if part is not None:
+        sizes = sizes[:, part[0] : part[1]]
     shape = [1] * rank
-    shape[batch_dim], shape[dim] = -1, sizes.shape[1]
+    shape[dim] = sizes.shape[1]
+    if batch_dim is not None:
+        shape[batch_dim] = -1
     term = sizes.to(torch.promote_types(like.dtype, torch.float32)).log().to(like.dtype)
     return (term if copies == 1 else term.repeat_interleave(copies, 0)).reshape(shape)
 

@@ -77,6 +77,8 @@ def nearest_workers(unit: Tensor, order: Tensor, working: int, prefix: tuple[int
         The place of its worker among the workers for each idle token, in the order of `order` (B, I); and for each
         token, a worker's own being where it stands (B, N).
     """
+    if working == order.shape[1]:  # as in a segment of one token
+        return order[:, :0], order.argsort(dim=1)
     if ops.leads(prefix) and ops.runs_kernels(unit):
         try:
             found: tuple[Tensor, Tensor] = torch.ops.idlefx.nearest_workers(unit, order, working, len(prefix))

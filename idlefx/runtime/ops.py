@@ -210,9 +210,9 @@ def size_of(x: Tensor, dim: int) -> int:
     return x.shape[dim]
 
 
-def fixed_tokens(x: Tensor, positions: tuple[int, ...], batch_dim: int = 0) -> Tensor:
-    """The same positions for every image of a batch, (B, len(positions))."""
-    return torch.tensor(positions, device=x.device).expand(x.shape[batch_dim], -1)
+def fixed_tokens(x: Tensor, positions: tuple[int, ...], batch_dim: int | None = 0) -> Tensor:
+    """The same positions for every image of a batch (B, len(positions)); for one image where it has no dimension."""
+    return torch.tensor(positions, device=x.device).expand(1 if batch_dim is None else x.shape[batch_dim], -1)
 
 
 def take_rows(weight: Tensor, start: int, groups: int, stride: int, width: int) -> Tensor:

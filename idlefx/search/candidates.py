@@ -56,8 +56,9 @@ class Candidates:
 
     @property
     def may_join(self) -> bool:
-        """Whether groups may join from stage to stage: not those of windows."""
-        return self.base.idle == "follow" and not any(self.blocks[index].windows for index in self.usable)
+        """Whether groups may join from stage to stage: not those of windows, nor of segments."""
+        used = [self.blocks[index] for index in self.usable]
+        return self.base.idle == "follow" and not any(block.windows or block.segments for block in used)
 
     def plan(self, options: PlanOptions) -> Plan:
         """What the options mean for this model."""

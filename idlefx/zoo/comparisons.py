@@ -78,7 +78,9 @@ def compare_following(
 ) -> FollowingComparison:
     """Hold a model whose tokens follow against the reference, on the first batch in which no choice is a near tie."""
     stages = idle.plan.stages
-    plan = [Stage(steps[0].block, steps[-1].block + 1, steps[0].kept, steps[0].joins) for steps in stages]
+    plan = [
+        Stage(steps[0].block, steps[-1].block + 1, steps[0].kept, steps[0].joins, steps[0].parts) for steps in stages
+    ]
     paths = [block.path for block in table]
     for ties, batch in enumerate(batches):
         tokens = _tokens(model, table, batch)
@@ -101,9 +103,13 @@ def _arguments(batch: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
 
 
 def _tokens(model: nn.Module, table: BlockTable, batch: Inputs) -> dict[str, reference.Tokens]:
+    if all(block.batch_dim is None for block in table):  # there are no images to compare, and no prefix tokens known
+        return {block.path: reference.Tokens((), None, (), segments=block.segments) for block in table}
     grids = {block.path: block.grid for block in table if block.grid and not block.shares_batch}
     joins = {block.path: block.grid[0] for block in table if block.shares_batch}
-    return reference.look(model, [block.path for block in table], lambda: _call(model, batch), grids, joins)
+    found = reference.look(model, [block.path for block in table], lambda: _call(model, batch), grids, joins)
+    segments = {block.path: block.segments for block in table}
+    return {path: replace(each, segments=segments[path]) for path, each in found.items()}
 
 
 def _call(model: nn.Module, batch: Inputs) -> Any:

@@ -4,7 +4,8 @@
 and `following` runs a stage on groups.
 """
 
+from idlefx.zoo.reference.attention import Attention, Core
 from idlefx.zoo.reference.looking import Tokens, look
-from idlefx.zoo.reference.resting import Answer, Attention, Core, idle, kept_tokens, scores
+from idlefx.zoo.reference.resting import Answer, idle, kept_tokens, scores
 
 __all__ = ["Answer", "Attention", "Core", "Tokens", "idle", "kept_tokens", "look", "scores"]

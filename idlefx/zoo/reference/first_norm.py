@@ -50,7 +50,7 @@ class _Calls(TorchFunctionMode):
 
     def _order(self, x: Any) -> tuple[int, ...] | None:
         """In which order the dimensions of a tensor are those of the stream; None if it is not the stream."""
-        if self._tries or not isinstance(x, Tensor) or x.numel() != self.stream.numel() or x.ndim not in (3, 4, 5):
+        if self._tries or not isinstance(x, Tensor) or x.numel() != self.stream.numel() or x.ndim not in (2, 3, 4, 5):
             return None
         orders = ((0, *rest) for rest in permutations(range(1, x.ndim)))
         return next((order for order in orders if torch.equal(self._in_order(x, order), self.stream)), None)

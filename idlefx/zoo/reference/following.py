@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from idlefx.zoo.reference.attention import SegmentAttention
 from idlefx.zoo.reference.first_norm import first_norm
 from idlefx.zoo.reference.groups import (
     Groups,
     Passage,
     Result,
     Stage,
+    by_slot,
     class_attention,
     group,
+    group_in_segments,
     group_in_windows,
     join,
 )
 from idlefx.zoo.reference.looking import Tokens, laid_out, tokens_first
-from idlefx.zoo.reference.resting import Attention
 from idlefx.zoo.reference.windows import NOBODY, Slots, WindowAttention, find_slots
 
 
@@ -55,7 +57,7 @@ class Stream:
     def replaced(self, tokens: Tensor) -> Any:
         """The inputs or outputs with another stream, given as (B, N, C)."""
         leaves = list(self._leaves)
-        entries = tokens.reshape(self._like.shape[0], -1, tokens.shape[2])
+        entries = tokens if self._joined == 1 else tokens.reshape(self._like.shape[0], -1, tokens.shape[2])
         leaves[self._place] = laid_out(entries, self._like, self._dims)
         return tree_unflatten(leaves, self._structure)
 
@@ -104,8 +106,9 @@ def _following(
             slots = _slots(dense, entry) if tokens.unit else []
             if opens:
                 before = passages[-1] if stage.joins else None
-                groups[stage.first] = _grouped(dense, entry, stage.kept, tokens, before, slots)
-                passages.append(Passage(groups[stage.first], x))
+                grouped = _grouped(dense, entry, stage, tokens, before, slots)
+                passages.append(Passage(grouped, x))
+                groups[stage.first] = by_slot(grouped, slots[0].table) if tokens.inside else grouped
             if stage.kept == x.shape[1] - len(tokens.prefix):
                 return dense(*args, **kwargs)
             exits: list[Stream] = []
@@ -113,7 +116,8 @@ def _following(
             def block(stream: Tensor, sizes: Tensor) -> Tensor:
                 moved, named = entry.replaced(stream)
                 weighs = WindowAttention([sizes.flatten()[each.tokens].log() for each in slots])
-                with weighs if slots else Attention(x.shape[0], x.shape[1], sizes):
+                segments = tokens.segments or tuple(x.shape[1:2])
+                with weighs if slots else SegmentAttention(x.shape[0], segments, sizes):
                     exits.append(Stream(dense(*moved, **named), tokens, entry.shape))
                 return exits[0].value
 
@@ -143,7 +147,7 @@ def _slots(dense: Callable[..., Any], entry: Stream) -> list[Slots]:
 def _grouped(
     dense: Callable[..., Any],
     entry: Stream,
-    kept: int,
+    stage: Stage,
     tokens: Tokens,
     before: Passage | None,
     slots: Sequence[Slots],
@@ -154,11 +158,16 @@ def _grouped(
     normalised = first_norm(x, lambda: dense(*args, **kwargs))
     if slots:
         windows = slots[0].table
-        return group_in_windows(x if normalised is None else normalised, windows, kept * x.shape[0] // len(windows))
-    with Attention(*x.shape[:2]) as attention:
+        return group_in_windows(
+            x if normalised is None else normalised, windows, stage.kept * x.shape[0] // len(windows)
+        )
+    if tokens.segments:
+        likeness = x if normalised is None else normalised
+        joined = None if before is None else before.groups
+        return group_in_segments(likeness, tokens.segments, stage.parts, joined)
+    with SegmentAttention(x.shape[0], tuple(x.shape[1:2])) as attention:
         dense(*args, **kwargs)
-    if not attention.found:
-        raise ValueError("the block runs no attention that the reference recognises")
-    received = class_attention(attention.found, tokens.class_token)
-    evidence = (x if normalised is None else normalised, received, kept, tokens.prefix)
+    (cores,) = attention.by_segment
+    received = class_attention(cores, tokens.class_token)
+    evidence = (x if normalised is None else normalised, received, stage.kept, tokens.prefix)
     return group(*evidence) if before is None else join(before.groups, *evidence)

@@ -23,13 +23,15 @@ ATTENDED = 0.1  # what the attention that a token receives counts for, beside a 
 class Stage(NamedTuple):
     """Blocks `first` to `end` - 1 run on one grouping, with so many image tokens as workers.
 
-    Where it joins, the groups are those of the stage before, of which some have joined others.
+    Where it joins, the groups are those of the stage before, of which some have joined others. Where attention is over
+    segments of the sequence, `parts` are the workers of each.
     """
 
     first: int
     end: int
     kept: int
     joins: bool = False
+    parts: tuple[int, ...] = ()
 
 
 class Groups(NamedTuple):
@@ -147,6 +149,43 @@ def group_in_windows(likeness: Tensor, windows: Tensor, kept: int) -> Groups:
     images = windows[:, 0] // count
     margins = torch.stack([inside.margins[images == image].amin() for image in range(batch)])
     return Groups(leaders.view(batch, count) % count, margins)
+
+
+def by_slot(groups: Groups, windows: Tensor) -> Groups:
+    """The same groups, of tokens that are numbered window by window.
+
+    Args:
+        groups: Of tokens numbered by position.
+        windows: As in `group_in_windows`.
+    """
+    batch, count = groups.leaders.shape
+    slots = windows.view(batch, count) % count  # the position of the token in each slot
+    numbers = slots.argsort(1)
+    return Groups(numbers.gather(1, groups.leaders.gather(1, slots)), groups.margins)
+
+
+def group_in_segments(
+    likeness: Tensor, lengths: Sequence[int], parts: Sequence[int], before: Groups | None = None
+) -> Groups:
+    """Choose workers in each segment of a sequence, and whom the others of it follow, as if it were an image.
+
+    Args:
+        likeness: What tokens are compared by, (B, N, C).
+        lengths: How many tokens each segment has.
+        parts: Workers in each.
+        before: The groups of which some join; None where groups are formed of all tokens.
+    """
+    leaders, margins, start = [], [], 0
+    for tokens, kept in zip(likeness.split(list(lengths), 1), parts, strict=True):
+        stop = start + tokens.shape[1]
+        if before is None:
+            inside = group(tokens, None, kept, ())
+        else:
+            inside = join(Groups(before.leaders[:, start:stop] - start, before.margins), tokens, None, kept, ())
+        leaders.append(inside.leaders + start)
+        margins.append(inside.margins)
+        start = stop
+    return Groups(torch.cat(leaders, 1), torch.stack(margins).amin(0))
 
 
 def class_attention(cores: Iterable[tuple[Tensor, Tensor, Any]], class_token: int | None) -> Tensor | None:

@@ -19,10 +19,12 @@ class Tokens:
     Attributes:
         prefix: The positions that no image flows into.
         class_token: The position of the class token, if there is one.
-        dims: Where the tokens stand in the residual stream: on a grid in two dimensions, rows and columns.
+        dims: Where the tokens stand in the residual stream: on a grid in two dimensions, rows and columns; nowhere else
+            than in front where it has no batch, (N, C).
         unit: Where attention is over windows, what idles: whole "windows", or "tokens" in each.
         inside: Whether the block itself makes windows of the stream before it begins, so that its tokens are numbered
             window by window.
+        segments: Where attention is over segments of the sequence, how many tokens each has.
         joined: How many entries of the batch, one after another, are windows of one image that the attention joins.
     """
 
@@ -31,6 +33,7 @@ class Tokens:
     dims: tuple[int, ...] = (1,)
     unit: str = ""
     inside: bool = False
+    segments: tuple[int, ...] = ()
     joined: int = 1
 
 
@@ -115,11 +118,15 @@ def _token_dims(x: Tensor, grid: tuple[int, ...]) -> tuple[int, ...]:
 
 def tokens_first(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """A residual stream as (B, N, C)."""
+    if not dims:
+        return x[None]
     return x.movedim(dims, tuple(range(1, 1 + len(dims)))).flatten(1, len(dims))
 
 
 def laid_out(tokens: Tensor, like: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Tokens (B, N, C) in the shape of a residual stream."""
+    if not dims:
+        return tokens[0]
     return tokens.unflatten(1, [like.shape[d] for d in dims]).movedim(tuple(range(1, 1 + len(dims))), dims)
 
 
