@@ -8,7 +8,7 @@ import idlefx
 from idlefx.records import Step
 from idlefx.reporting import token_map
 from idlefx.runtime.selections import selections
-from idlefx.zoo.comparisons import compare
+from idlefx.zoo.comparisons import compare, compare_following
 from tests.models.apart import COLUMNS, ROWS, SLOTS, WINDOWS, build, films
 from tests.models.windows import Block, Windowed, pictures
 from tests.support.messages import says
@@ -39,7 +39,6 @@ def test_idles_as_the_reference_does_with_masks(kind, unit):
     assert [(block.grid, block.windows, block.refusal, block.whole_only) for block in table] == [
         (*KINDS[kind], "", "")
     ] * 2
-    assert all("stands in windows" in block.rest_only for block in table) == (KINDS[kind][0] == KINDS[kind][1])
     idle = idlefx.convert(model, layers=[0, 1], keep=[0.7, 0.4], unit=unit, example_inputs=films(2))
     found = compare(model, idle, table, films(3, seed=1))
     assert found.error < 1e-6 and found.excess < 1e-5, found
@@ -52,6 +51,18 @@ def test_rewritten_to_keep_all_tokens_is_the_original_bit_by_bit(kind, unit, mon
     idle = idlefx.convert(model, layers=[0], keep=1.0, unit=unit, example_inputs=x[:2])
     assert len(selections(idle, x)) == 2
     assert torch.equal(idle(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "across" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_tokens_follow_in_their_window_as_in_the_reference(kind):
+    model = build(kind)
+    idle = idlefx.convert(model, layers=[0], keep=0.5, idle="follow", example_inputs=films(2))
+    assert [len(stage) for stage in idle.plan.stages] == [2]
+    batches = [films(3, seed=seed) for seed in range(1, 5)]
+    found = compare_following(model, idle, idle.plan.blocks, batches)
+    assert found.error is not None and found.error < 1e-6 and found.grouped, found
 
 
 @torch.no_grad()
