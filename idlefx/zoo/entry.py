@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 DEPTH = 3
-Inputs = Tensor | dict[str, Tensor]
+Inputs = Tensor | dict[str, Any]
 Options = Mapping[str, Any]
 
 

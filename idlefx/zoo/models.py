@@ -2,6 +2,7 @@
 
 from idlefx.zoo.entry import Entry
 from idlefx.zoo.hugging_face import hugging_face_entries
+from idlefx.zoo.packed import packed_entries
 from idlefx.zoo.timm_models import timm_entries
 from idlefx.zoo.timm_windows import timm_window_entries
 from idlefx.zoo.torchvision_models import torchvision_entries
@@ -18,5 +19,11 @@ QUICK = (
 
 def entries(*, quick: bool = False) -> list[Entry]:
     """All models of the table, or the few that stand for them."""
-    every = [*timm_entries(), *timm_window_entries(), *torchvision_entries(), *hugging_face_entries()]
+    every = [
+        *timm_entries(),
+        *timm_window_entries(),
+        *torchvision_entries(),
+        *hugging_face_entries(),
+        *packed_entries(),
+    ]
     return [entry for entry in every if not quick or entry.label in QUICK]

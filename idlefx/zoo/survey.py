@@ -48,7 +48,7 @@ class Row:
         resting: Largest relative difference to the reference at a random plan and another batch, where tokens rest.
         following: The same where tokens follow; None where nothing was compared, which the note explains.
         ties: Batches on which following was not compared, as rounding decides there who follows whom.
-        batch: "free", or the only batch size the result takes.
+        batch: "free", or the only batch size the result takes, or "one sequence" where there is no batch.
         note: What was refused and why, or why following was not compared.
         failure: What is wrong; empty where the model converts right, or is refused for the reason expected.
         missing: Whether its library is not installed, or too old for it.
@@ -105,13 +105,19 @@ def _check(entry: Entry, model: nn.Module, row: dict[str, Any]) -> Row:
     if whole := [block.index for block in table if block.can_idle and block.windows]:  # tokens in them, or padded ones
         windows = convert(model, whole, keeps[0], schedule="blocks", unit="windows", example_inputs=example)
         answer = worse(answer, compare(model, windows, table, batches[0]))
-    counts |= {"keep_all": keep_all, "resting": answer.error, "batch": "free" if free else f"only {EXAMPLE_BATCH}"}
+    counts |= {"keep_all": keep_all, "resting": answer.error, "batch": _batch(table, free)}
     if failure := _value_failure(keep_all, answer):
         return Row(**counts, failure=failure)
     followed = _follow(model, table, draw, example, batches)
     counts |= {"following": followed.error, "ties": followed.ties}
     counts["note"] = "; ".join(filter(None, (counts["note"], _following_note(followed))))
     return Row(**counts, failure=_following_failure(followed))
+
+
+def _batch(table: BlockTable, free: bool) -> str:
+    if all(block.batch_dim is None for block in table):
+        return "one sequence"
+    return "free" if free else f"only {EXAMPLE_BATCH}"
 
 
 def _follow(
