@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import idlefx
+from idlefx.deploy import inductor
+from idlefx.runtime.module import conversion_of
 from tests.models.packed import PATCH, tower
 from tests.support.messages import refusal, says
 
@@ -85,7 +88,7 @@ def test_an_array_is_built_in_and_given_with_each_call(told):
     model, idle = told
     wanted = idlefx.convert(model.tower, [0], 0.5, example_inputs=X)(X)
     assert torch.equal(idle(X, LENGTHS), wanted) and torch.equal(idle(X, lengths=LENGTHS.astype(np.int32)), wanted)
-    assert [step.parts for step in idle.plan] == [(3, 5), (3, 5)]
+    assert [step.kept_by_segment for step in idle.plan] == [(3, 5), (3, 5)]
 
 
 def test_a_batch_of_one_sequence_stays_one(told):
@@ -171,6 +174,13 @@ def test_a_model_in_train_mode_is_trained_with_arrays():
 
 def test_a_script_that_tunes_cannot_give_arrays(told, tmp_path):
     assert "cannot give the model arrays" in refusal(idlefx.emit, told[1], tmp_path / "out", model="timm:deit_tiny")
+
+
+def test_labels_go_on_where_a_compiled_model_keeps_the_arrays_back(told, monkeypatch):
+    with_loss = replace(conversion_of(told[1]), loss=lambda *given: given)
+    monkeypatch.setattr(inductor, "conversion_of", lambda compiled: with_loss)
+    args, kwargs = inductor._check_inputs(told[1], (X, LENGTHS), {"labels": SHIFT})
+    assert args == () and kwargs.keys() == {"labels", "x"} and kwargs["labels"] is SHIFT
 
 
 @pytest.mark.slow

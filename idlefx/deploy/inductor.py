@@ -10,7 +10,7 @@ from torch import fx
 
 from idlefx.deploy.parity import check_parity, example_of
 from idlefx.errors import ArtifactError, InputError, first_line
-from idlefx.runtime.labels import without_labels
+from idlefx.runtime.labels import LABELS, without_labels
 from idlefx.runtime.module import IdleModule, conversion_of, converted
 
 
@@ -50,8 +50,12 @@ def _check_inputs(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     conversion = conversion_of(compiled)
     calls = conversion.calls
     inputs = calls.in_order(args, without_labels(kwargs, conversion.loss))
+    if not calls.arrays:
+        return None
     # Dynamo would take arrays for tensors, whose numbers it does not know.
-    return ((), dict(zip(calls.expected, inputs, strict=True))) if calls.arrays else None
+    taken = dict(zip(calls.expected, inputs, strict=True))
+    labels = {LABELS: kwargs[LABELS]} if LABELS in kwargs else {}
+    return (), {**labels, **taken}
 
 
 def compile_graph(module: fx.GraphModule, inputs: list[Any]) -> Any:

@@ -64,6 +64,7 @@ class CallChecks:
             self.signature.bind(*args, **kwargs)  # which says what is wrong, as Python does
         named.update(kwargs)
         inputs = []
+        # Before Dynamo sees a call, `idlefx.compile` has held its arrays to the example, and takes them away.
         arrays = {} if torch.compiler.is_compiling() and not named.keys() & self.arrays.keys() else self.arrays
         for name, expected in {**self.expected, **arrays}.items():
             value = named.pop(name, self.defaults.get(name, _MISSING))

@@ -80,12 +80,13 @@ class ExpectedArray:
         Raises:
             InputError: It is no array, or has other numbers.
         """
-        numbers = value.tolist() if hasattr(value, "tolist") and not isinstance(value, torch.Tensor) else None
-        if numbers != self.value.tolist():
+        wanted, is_tensor = str(self.value.tolist()), isinstance(value, torch.Tensor)
+        numbers = str(value.tolist()) if hasattr(value, "tolist") and not is_tensor else None
+        if numbers != wanted:  # as text, in which what is no number equals itself
             raise InputError(
-                f"input: `{where}` was the array {_numbers(self.value)} when the model was traced, which built it in, "
-                f"and cannot be {_other(value) if numbers is None else _numbers(value)}; bring the images to the sizes "
-                "of the example, or convert the model once for each of these"
+                f"input: `{where}` was the array {_shortened(wanted)} when the model was traced, which built it in, "
+                f"and cannot be {_other(value) if numbers is None else _shortened(numbers)}; bring the images to the "
+                "sizes of the example, or convert the model once for each of these"
             )
 
 
@@ -105,8 +106,8 @@ def _other(value: Any) -> str:
     return told(value) if isinstance(value, torch.Tensor) else f"the {type(value).__name__} {told(value)}"
 
 
-def _numbers(array: Any) -> str:
-    return str(array.tolist()) if array.size <= 12 else f"of {array.size} numbers {str(array.tolist())[:40]}…"
+def _shortened(numbers: str) -> str:
+    return numbers if len(numbers) <= 80 else f"{numbers[:60]}…"
 
 
 def _shape(tensor: torch.Tensor) -> str:
