@@ -170,7 +170,10 @@ def _keeps_order(path: Sequence[fx.Node]) -> bool:
     order = torch.arange(math.prod(shape)).view(shape)
     for node in path[1:]:
         if node.target in MOVES:
-            order = moved(node, order)
+            try:
+                order = moved(node, order)
+            except RuntimeError:  # a size that was written down for another batch
+                return True
         elif value(node) is None or shape_of(node, SMALL_BATCH) != list(order.shape):
             return True  # numbers are made anew, and nothing is known but sizes
     return torch.equal(order.flatten(), torch.arange(order.numel()))

@@ -77,7 +77,7 @@ def nearest_workers(unit: Tensor, order: Tensor, working: int, prefix: tuple[int
         The place of its worker among the workers for each idle token, in the order of `order` (B, I); and for each
         token, a worker's own being where it stands (B, N).
     """
-    if working == order.shape[1]:  # as in a segment of one token
+    if working == order.shape[1]:  # nobody idles, as in a segment of one token
         return order[:, :0], order.argsort(dim=1)
     if ops.leads(prefix) and ops.runs_kernels(unit):
         try:
@@ -92,6 +92,4 @@ def nearest_workers(unit: Tensor, order: Tensor, working: int, prefix: tuple[int
         cosines = cosines.masked_fill(ops.are_prefix(workers, prefix).unsqueeze(1), -math.inf)
     leaders = cosines.argmax(-1) + first
     places = order.argsort(dim=1)
-    if working == order.shape[1]:  # nobody idles, and there is no leader to gather
-        return leaders, places
     return leaders, torch.where(places < working, places, leaders.gather(1, (places - working).clamp(min=0)))

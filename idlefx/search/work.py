@@ -75,7 +75,8 @@ class Work:
         """Likeness of all tokens to the anchors and of idle tokens to workers, and the sums of groups."""
         if not self.follows:
             return 0.0
-        parts, *_ = block.windows or (1,)  # tokens of a window are compared with those of the same
+        # Tokens of a window or a segment are compared with those of the same.
+        parts = block.windows[0] if block.windows else max(1, len(block.segments))
         there, idle = images + len(block.prefix), images - kept
         _, compared, *_ = anchors(images // parts, kept // parts)
         return float(block.sequences * block.width * (there * compared + idle * kept / parts + there))
