@@ -49,8 +49,8 @@ class Block:
             there too, where an image has windows that are stacked in the batch and the attention is over all of them.
         grid: Rows and columns of the tokens, where these are two dimensions of the stream; empty where they are one.
         over_image: Whether the sides of the grid are those of the image; False where the stream stands in windows.
-        sequences: How many such sequences of tokens an image has: windows that stand in the batch, each of them as if
-            it were an image.
+        sequences: How many sequences like this one an image has, which stand in the batch, as windows do of which each
+            is attended over by itself.
         windows: How many windows the attention is over, and how many slots each has; empty where it is over all tokens.
         segments: How many tokens each of the segments has that attention is over, one after the other, as where images
             are packed into one sequence; empty where it is over all tokens, or over windows.
@@ -132,7 +132,7 @@ class Block:
 
     @property
     def told_tokens(self) -> str:
-        """How many tokens there are, and in which windows, in words."""
+        """How many tokens there are, and in which windows, segments or sequences, in words."""
         if self.windows:
             return f"{self.tokens} in {self.windows[0]} x {self.windows[1]}"
         if self.segments:
@@ -212,7 +212,7 @@ class Step:
         joins: Whether what is decided here is which groups of the block before join.
         unit: What idles where attention is over windows: whole "windows", or "tokens" in each; `kept` and `tokens`
             count slots there. Empty elsewhere.
-        parts: K of each segment, where attention is over segments of the sequence; empty elsewhere.
+        kept_by_segment: K of each segment, where attention is over segments of the sequence; empty elsewhere.
     """
 
     block: int
@@ -225,7 +225,7 @@ class Step:
     opens: bool = True
     joins: bool = False
     unit: str = ""
-    parts: tuple[int, ...] = ()
+    kept_by_segment: tuple[int, ...] = ()
 
     @property
     def idles(self) -> bool:
@@ -302,8 +302,8 @@ class Plan(Sequence[Step]):
 
     def _kept(self, step: Step) -> str:
         told = f"{step.kept} of {step.tokens}"
-        if step.parts:
-            return f"{told}, in {len(step.parts)} segments"
+        if step.kept_by_segment:
+            return f"{told}, in {len(step.kept_by_segment)} segments"
         if not step.unit:
             return told
         count, size = self.blocks[step.block].windows

@@ -42,7 +42,7 @@ def with_cut_loss(idle: IdleModule) -> IdleModule:
             "train: the token cut loss is for tokens that rest, and those of this model follow; train without it, or "
             "convert with idle='rest'"
         )
-    if any((step.unit or step.parts) and step.idles for step in conversion.plan):
+    if any((step.unit or step.kept_by_segment) and step.idles for step in conversion.plan):
         raise InputError(
             "train: the token cut loss is of attention over all tokens, and that of this model is over windows or "
             "segments; train without it"

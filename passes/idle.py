@@ -1,7 +1,7 @@
 """Let tokens idle: run each planned block on the chosen tokens and write them back over the others.
 
-1. The chosen tokens are taken from the residual stream; where they stand on a grid, it is flattened first, and where
-   it has no batch, it gets one.
+1. The chosen tokens are taken from the residual stream; where they stand on a grid, it is flattened first, where
+   windows are stacked in the batch, they are joined, and where it has no batch, it gets one.
 2. The block is copied onto them. What it reads by token position is taken at the same positions, and every size
    that counts tokens is written anew, both as `propagation` proved them.
 3. Where attention is over windows, the tokens are taken window by window, and what makes windows of them is a reshape.
@@ -59,7 +59,7 @@ def _work(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> fx.Node:
     put: Any = windows.put_padded if padded else gather_scatter.put_tokens
     gathered = row_of(add, add(take, tokens, index, *dims, role="gather"), block, role="gather")
     chosen = only_made_for(graph, block.index, "chosen") if step.unit else None
-    segments = segments_of(block.segments, step.parts)
+    segments = segments_of(block.segments, step.kept_by_segment)
     working = Subset(index, block.prefix, block.image_positions, step.kept, over, step.unit, chosen, segments)
     before, walk = lay.stream(shape_of(entry), block.token_dims, block.batch_dim, block.grid), opened.walk
     if walk.apart:

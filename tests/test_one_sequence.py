@@ -97,7 +97,7 @@ def test_a_class_token_in_front_of_segments_is_refused_unless_it_may_idle():
         block.lengths = (7, 10)
     said = refusal(idlefx.convert, model, [0], 0.5, example_inputs=patches())
     assert "which keep no prefix tokens; prefix=0 lets all idle" in said
-    assert idlefx.convert(model, [0], 0.5, prefix=0, example_inputs=patches()).plan[0].parts == (3, 5)
+    assert idlefx.convert(model, [0], 0.5, prefix=0, example_inputs=patches()).plan[0].kept_by_segment == (3, 5)
 
 
 class Packed(nn.Module):

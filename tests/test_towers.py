@@ -60,7 +60,7 @@ def test_patches_of_each_image_or_window_rest_and_follow_as_the_reference_says(k
 def test_blocks_over_windows_and_over_the_image_keep_the_share_of_each():
     model, example = build("qwen2.5"), inputs("qwen2.5", ONE)
     idle = idlefx.convert(model, [0, 1, 2], [0.5, 0.5, 0.5], schedule="blocks", example_inputs=example)
-    assert [step.parts for step in idle.plan] == [(8,) * 4, (), (8,) * 4]
+    assert [step.kept_by_segment for step in idle.plan] == [(8,) * 4, (), (8,) * 4]
     assert [step.kept for step in idle.plan] == [32, 32, 32]
     followed = idlefx.convert(model, [0], 0.5, idle="follow", example_inputs=example)
     assert [len(stage) for stage in followed.plan.stages] == [1, 1, 1], "a stage ends where segments do"
@@ -85,7 +85,7 @@ def test_a_tower_for_one_size_of_images_takes_patches_alone(kind):
     idle = idlefx.convert(OneSize(model, **told), [0], 0.5, example_inputs=x)
     wanted = idlefx.convert(model, [0], 0.5, example_inputs={"hidden_states": x, **told})
     assert torch.equal(idle(x).pooler_output, wanted(x, **told).pooler_output)
-    assert [step.parts for step in idle.plan] == [step.parts for step in wanted.plan]
+    assert [step.kept_by_segment for step in idle.plan] == [step.kept_by_segment for step in wanted.plan]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,7 +47,7 @@ def rounded_tokens(kept: int, block: Block, multiple_of: int) -> int:
     return min(block.image_tokens, kept + -(kept + len(block.prefix)) % multiple_of)
 
 
-def kept_parts(ratio: float, block: Block, multiple_of: int) -> tuple[int, ...]:
+def kept_by_segment(ratio: float, block: Block, multiple_of: int) -> tuple[int, ...]:
     """K of each segment that attention is over, each raised to a multiple where it has as many tokens."""
     each = [(kept_tokens(ratio, size), size) for size in block.segments]
     return tuple(min(size, kept + -kept % multiple_of) for kept, size in each)
@@ -86,8 +86,8 @@ def _step(blocks: BlockTable, index: int, ratio: float, options: PlanOptions) ->
         kept = kept_slots(ratio, block, unit, options.multiple_of)
         return Step(index, block.path, ratio, kept, math.prod(block.windows), name, form, unit=unit)
     if block.segments:
-        parts = kept_parts(ratio, block, options.multiple_of)
-        return Step(index, block.path, ratio, sum(parts), block.image_tokens, name, form, parts=parts)
+        each = kept_by_segment(ratio, block, options.multiple_of)
+        return Step(index, block.path, ratio, sum(each), block.image_tokens, name, form, kept_by_segment=each)
     kept = rounded_tokens(kept_tokens(ratio, block.image_tokens), block, options.multiple_of)
     return Step(index, block.path, ratio, kept, block.image_tokens, name, form)
 
@@ -173,8 +173,8 @@ def _check_pruning(plan: Plan) -> None:
             what = f"block {block.index} ({block.path or 'no path'})"
             if block.segments != last.segments:
                 raise PlanError(
-                    f"plan: with reselect=False {what} must attend over the segments of block {last.index}, but "
-                    f"{_segments(block)} where that {_segments(last)}; let tokens return, with reselect=True"
+                    f"plan: with reselect=False {what} must attend over the segments of block {last.index}, but it has "
+                    f"{_segments(block)} where that has {_segments(last)}; let tokens return, with reselect=True"
                 )
             if (block.tokens, block.prefix) != (last.tokens, last.prefix):
                 raise PlanError(
@@ -192,7 +192,8 @@ def _check_pruning(plan: Plan) -> None:
 
 
 def _segments(block: Block) -> str:
-    return f"has {len(block.segments)}" if block.segments else "has none"
+    lengths = ", ".join(map(str, block.segments[:8])) + (", …" if len(block.segments) > 8 else "")
+    return f"{len(block.segments)} of {lengths} tokens" if block.segments else "none"
 
 
 def _resolve(block: Block, selector: str) -> str:

@@ -13,4 +13,4 @@ def head_of(graph: fx.Graph, block: Block, opened: Opened, step: Step) -> Head:
     """The head of a block, whose attention is over all tokens, over windows, or over segments of the sequence."""
     if step.unit:
         return WindowHead(graph, block, opened, step.unit)
-    return SegmentHead(graph, block, opened) if step.parts else Head(graph, block, opened)
+    return SegmentHead(graph, block, opened) if step.kept_by_segment else Head(graph, block, opened)

@@ -14,7 +14,7 @@ from idlefx.graph.sizes import shape_of
 from idlefx.records import Step
 from idlefx.rewriting.selector_head import Head
 from idlefx.runtime import following, nearest, ops
-from idlefx.runtime.segments import group_in_segments, runs_of
+from idlefx.runtime.segments import alike_of, group_in_segments
 
 aten = torch.ops.aten
 
@@ -42,9 +42,9 @@ def add_groups(head: Head, step: Step, before: Step | None = None) -> None:
     """
     form: Any = following.group_tokens
     told: tuple[Any, ...]
-    if step.parts:
-        lengths = head.block.segments if before is None else before.parts
-        form, told = group_in_segments, (normalised_input(head), runs_of(lengths, step.parts))
+    if step.kept_by_segment:
+        lengths = head.block.segments if before is None else before.kept_by_segment
+        form, told = group_in_segments, (normalised_input(head), alike_of(lengths, step.kept_by_segment))
     else:
         tokens, kept = (step.tokens if before is None else before.kept) // head.parts, step.kept // head.parts
         evidence = (normalised_input(head), class_logits(head))

@@ -28,13 +28,15 @@ class SegmentHead(Head):
 
     def build(self, step: Step) -> fx.Node:
         """The scores (B, N) of a step."""
-        alike = groupby(segments_of(self.block.segments, step.parts), lambda segment: segment.stop - segment.start)
+        alike = groupby(
+            segments_of(self.block.segments, step.kept_by_segment), lambda segment: segment.stop - segment.start
+        )
         scores = [_Alike(self.graph, self.block, self.opened, tuple(run)).build(step) for _, run in alike]
         return scores[0] if len(scores) == 1 else self.add(aten.cat.default, scores, 1, name="scores")
 
     def choose(self, step: Step, among: fx.Node | None) -> fx.Node:
         """Insert the choice; gives the positions of what works."""
-        given = (self.build(step), self.block.segments, step.parts, among)
+        given = (self.build(step), self.block.segments, step.kept_by_segment, among)
         return self.tell(self.add(segments.choose_in_segments, *given, name="choice", role="choice"))
 
 

@@ -41,7 +41,7 @@ class StageTokens:
 
     def __init__(self, graph: fx.Graph, add: Add, block: Block, step: Step) -> None:
         self.add, self.block, self.kept, self.few = add, block, step.kept, step.joins
-        self.segments = segments_of(block.segments, step.parts)
+        self.segments = segments_of(block.segments, step.kept_by_segment)
         self.groups = [only_made_for(graph, block.index, role) for role in self.roles]
 
     @property

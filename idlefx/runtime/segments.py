@@ -10,7 +10,7 @@ from idlefx.runtime import ops
 from idlefx.runtime.following import group_tokens
 from idlefx.runtime.nearest import Anchors, anchors
 
-Run = tuple[int, int, int, Anchors]
+Alike = tuple[int, int, int, Anchors]
 
 
 def choose_in_segments(
@@ -42,18 +42,18 @@ def choose_in_segments(
     return order.narrow(1, 0, sum(kept)), (order % count).argsort(dim=1)
 
 
-def runs_of(lengths: Sequence[int], kept: Sequence[int]) -> tuple[Run, ...]:
+def alike_of(lengths: Sequence[int], kept: Sequence[int]) -> tuple[Alike, ...]:
     """Neighbouring segments that are equally long: how many, the tokens of each, K of each, and the anchors of each."""
-    alike = [(sizes, len(list(together))) for sizes, together in groupby(zip(lengths, kept, strict=True))]
-    return tuple((count, size, few, anchors(size, few)) for (size, few), count in alike)
+    together = [(sizes, len(list(same))) for sizes, same in groupby(zip(lengths, kept, strict=True))]
+    return tuple((count, size, few, anchors(size, few)) for (size, few), count in together)
 
 
-def group_in_segments(x: Tensor, runs: tuple[Run, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def group_in_segments(x: Tensor, alike: tuple[Alike, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Form groups in each segment as if it were an image; see `following.group_tokens`.
 
     Args:
         x: What the likeness is of (B, N, C), the segments one after the other.
-        runs: From `runs_of`.
+        alike: From `alike_of`.
 
     Returns:
         Positions of the workers, ascending (B, W); for each token the place of its worker among these (B, N);
@@ -62,7 +62,7 @@ def group_in_segments(x: Tensor, runs: tuple[Run, ...]) -> tuple[Tensor, Tensor,
     """
     parts: list[tuple[Tensor, ...]] = []
     batch, start, worker = x.shape[0], 0, 0
-    for count, size, few, spread in runs:
+    for count, size, few, spread in alike:
         each = x.narrow(1, start, count * size).reshape(-1, size, x.shape[2])  # (B * count, size, C)
         workers, places, order, leaders = group_tokens(each, None, (), few, spread)
         numbers = torch.arange(count, device=x.device).repeat(batch).unsqueeze(1)

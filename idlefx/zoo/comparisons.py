@@ -79,7 +79,8 @@ def compare_following(
     """Hold a model whose tokens follow against the reference, on the first batch in which no choice is a near tie."""
     stages = idle.plan.stages
     plan = [
-        Stage(steps[0].block, steps[-1].block + 1, steps[0].kept, steps[0].joins, steps[0].parts) for steps in stages
+        Stage(steps[0].block, steps[-1].block + 1, steps[0].kept, steps[0].joins, steps[0].kept_by_segment)
+        for steps in stages
     ]
     paths = [block.path for block in table]
     for ties, batch in enumerate(batches):
