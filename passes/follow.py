@@ -1,8 +1,10 @@
 """Let idle tokens follow: run the blocks of each stage on the means of its groups, and hand back what became of them.
 
 1. At the start of a stage the groups are averaged; where tokens stand on a grid, it is flattened first, and the means
-   stand in one row; where attention is over windows, they stand there in the order of these. Where they join groups of
-   the stage before, they are formed of the means as they are by then, and a mean counts as often as it has tokens.
+   stand in one row; where windows are stacked in the batch, they are joined first; where there is no batch, it gets
+   one. Where attention is over windows, the means stand in the order of these, and where the stream itself stands in
+   windows, they are laid out as it is. Where they join groups of the stage before, they are formed of the means as
+   they are by then, and a mean counts as often as it has tokens.
 2. Its blocks are copied onto the means, one after the other; what they read by token position is taken where the
    worker stands, as `propagation` proved it, and once for all blocks that read the same.
 3. In every attention the logits of a key get the logarithm of how many tokens it stands for.

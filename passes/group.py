@@ -4,9 +4,8 @@
    them (B, N), the positions of the workers and then of the others (B, N), and for each of the others the place of its
    worker (B, I); notes tell them.
 2. Likeness is taken on what the block's attention projects; what the class token attends to is less likely to idle.
-3. Where attention is over windows, each of them is grouped as if it were an image; positions of workers among all
-   tokens, window by window, and places among these are told too. So is each segment of a sequence that attention is
-   over.
+3. Where attention is over windows, or over segments of a sequence, each of these is grouped as if it were an image; of
+   windows, positions of workers among all tokens, window by window, and places among these are told too.
 4. Nothing reads the groups yet, so nothing changes. Groups that join others need what these become: `follow` forms
    them.
 """

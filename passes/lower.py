@@ -7,7 +7,7 @@
 4. A conversion to the type that is there already is dropped; it would stand between a sum and its reader.
 5. Zeros or ones that are made like a tensor of the image are made like a parameter: they hold nothing of the image.
 6. A shape that is taken from another tensor of the image is written down: that tensor need not be made for it.
-7. A part of a dimension is a slice; equal pieces of one are pieces of plain sizes.
+7. `narrow` becomes a slice, and `chunk` or `split` a split into pieces of plain sizes, unless a size follows the batch.
 8. What does not fit these rules stays, for `propagation` to accept or to refuse.
 """
 

@@ -1,7 +1,7 @@
 """Give the model a second output: the residual stream after its last block.
 
-1. The output becomes `(output, stream)`, where the stream is (B, N, C), or (B, H, W, C) on a grid; where attention
-   joins windows that are stacked in the batch, these are its rows.
+1. The output becomes `(output, stream)`, where the stream is (B, N, C); (B, H, W, C) on a grid, (1, N, C) where it has
+   no batch, and (B, windows, n, C) where attention joins windows that are stacked in the batch.
 2. Later passes put all tokens back where the stream is read, so none of them need know of it.
 3. Without blocks nothing changes.
 """

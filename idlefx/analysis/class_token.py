@@ -23,10 +23,10 @@ def with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) -
 
     Of blocks with as many tokens, such as those of a stage or of one of two branches, the last is followed.
     """
-    windows = [_of_one_window(block) for block in blocks]
-    last = {block.tokens: block for block in windows if block.tokens}
+    alone = [_of_one_window(block) for block in blocks]
+    last = {block.tokens: block for block in alone if block.tokens}
     reads = {tokens: _read_behind(graph, block) for tokens, block in last.items()}
-    final = next((block for block in reversed(windows) if block.tokens), None)
+    final = next((block for block in reversed(alone) if block.tokens), None)
     if final is None:
         return blocks
     for tokens, block in last.items():
@@ -36,8 +36,12 @@ def with_class_token(graph: fx.Graph, blocks: list[Block], prefix_given: bool) -
                 f"the head reads token {strange[0]} alone, but images flow into it before the first block, so it may "
                 "be no prefix token; say which tokens are, with prefix="
             )
-            doubtful = [one.tokens == tokens and not one.refusal and strange[0] not in one.prefix for one in windows]
-            blocks = [replace(b, refusal=reason) if d else b for b, d in zip(blocks, doubtful, strict=True)]
+            blocks = [
+                replace(block, refusal=reason)
+                if one.tokens == tokens and not one.refusal and strange[0] not in one.prefix
+                else block
+                for block, one in zip(blocks, alone, strict=True)
+            ]
     of_head = class_token(final.prefix, reads[final.tokens])
     return [replace(b, class_token=_class_token_of(b, of_head)) for b in blocks]
 

@@ -45,8 +45,8 @@ def find_axes(trunk: Trunk, nodes: list[fx.Node]) -> tuple[Axes, Walk]:
     """
     if len(shape_of(trunk.entry)) not in (2, 3, 4, 5):
         raise RefusedOperation(
-            f"the residual stream has {len(shape_of(trunk.entry))} dimensions instead of batch, tokens and features, "
-            f"or batch, two or three sides of a grid, and features (at {source_line(trunk.entry)})"
+            f"the residual stream has {len(shape_of(trunk.entry))} dimensions instead of tokens and features, batch, "
+            f"tokens and features, or batch, two or three sides of a grid, and features (at {source_line(trunk.entry)})"
         )
     _check_closed(trunk, nodes)
     refusals: list[tuple[Axes, RefusedOperation]] = []

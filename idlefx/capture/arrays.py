@@ -1,6 +1,7 @@
 """Numbers among the inputs of a model, such as the lengths of packed images and the order of their patches.
 
-Those of numpy arrays are built into a trace. Those of tensors are not, but no other ones may make sense.
+Those of numpy arrays are built into a trace. Those of tensors stay inputs; but where the sizes are fixed, only the
+example's may fit, so checks of parity use these.
 """
 
 import copy

@@ -24,7 +24,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 def example_of(idle: fx.GraphModule, batch: int | None = None) -> Inputs:
     """Positional and keyword inputs such as the model was traced with: noise for images, ones for anything else.
 
-    Where the batch is that of the example, so are tensors of whole numbers.
+    Where the batch is fixed, tensors of whole numbers are those of the example.
 
     Args:
         idle: A converted model.
